@@ -1,0 +1,313 @@
+"""Every setting of a run, its meaning and its rules; the only file that meets OmegaConf.
+
+A command composes YAML with Hydra, `from_hydra` turns the result into these dataclasses once, and
+deeper code gets numbers. A wrong type or an unknown key is refused by the schema, an impossible
+combination by `check`, each before a process group exists and in one line that names the key.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Scope(Enum):
+    """Which tokens may choose new experts."""
+
+    joint = "joint"
+    """Every token (MoExtend, section 2.4)."""
+    preserve = "preserve"
+    """Tokens from the first token of the new modality on; a text-only sequence is the base."""
+    modality = "modality"
+    """Tokens of the new modality only."""
+
+
+class Placement(Enum):
+    """Where the experts of a bank live inside an expert-parallel group."""
+
+    shard = "shard"
+    """Every expert on one rank, as evenly as they go."""
+    replicate = "replicate"
+    """Every expert on every rank."""
+
+
+class RowInit(Enum):
+    """How a new expert's router row starts."""
+
+    clone = "clone"
+    """The source expert's row, with a bias set from measured gaps (`extension.affected_share`)."""
+    clone_shared = "clone_shared"
+    """The source's row; source and clone share one top-k slot and its weight: exact at step 0."""
+    zero = "zero"
+    mean = "mean"
+    """Mean of the layer's frozen rows (an ablation of MoExtend)."""
+    domain = "domain"
+    """Mean hidden state of the new modality's tokens at that layer (FlexOlmo)."""
+
+
+class ExpertInit(Enum):
+    """How a new expert's weights start."""
+
+    copy = "copy"
+    """The source expert (MoExtend, section 2.3)."""
+    drop_upcycle = "drop_upcycle"
+    """The source with `extension.drop_ratio` of its neurons drawn anew (Drop-Upcycling)."""
+    random = "random"
+    """Small random weights."""
+
+
+class ExpertType(Enum):
+    full = "full"
+    lora = "lora"
+    """A low-rank difference to the source expert (Uni-MoE, stage 3)."""
+
+
+class CalibrationKind(Enum):
+    """How the chosen experts' probabilities are calibrated (MoExtend, table 5)."""
+
+    mlp_add = "mlp_add"
+    vector_add = "vector_add"
+    none = "none"
+
+
+class Precision(Enum):
+    auto = "auto"
+    """bf16 on a GPU and on processors with native bf16 products, else fp32."""
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class StageKind(Enum):
+    train = "train"
+    probe = "probe"
+    """Train router differences, count selections before and after, choose layers, discard them."""
+    extend = "extend"
+    """Surgery only: add experts to the chosen layers and publish the result."""
+
+
+class Trainable(Enum):
+    """The parts that a stage may train. Everything else is frozen."""
+
+    connector = "connector"
+    router_delta = "router_delta"
+    """A difference to every frozen router row, discarded after the probe."""
+    new_experts = "new_experts"
+    new_rows = "new_rows"
+    calibration = "calibration"
+
+
+@dataclass
+class SpecialiseConfig:
+    """How the identical copies of an upcycled base are made to differ (see `model/upcycle.py`)."""
+
+    tokens: int = 24576
+    """Tokens of text that the fit reads."""
+    sequence_length: int = 512
+    expert_width: int = 0
+    """Neurons of a routed expert; 0 keeps the dense layer's width."""
+    seed: int = 0
+
+
+@dataclass
+class BaseConfig:
+    """The pretrained MoE language model, frozen."""
+
+    path: str = ""
+    """Folder of a Hugging Face checkpoint of a supported MoE architecture. Empty: upcycle `dense`."""
+    dense: str = ""
+    """Folder of a dense Hugging Face causal LM to upcycle, or `builtin:smollm2`."""
+    num_experts: int = 4
+    """Routed experts a sparse layer of an upcycled base."""
+    top_k: int = 2
+    sparse_every: int = 3
+    """An upcycled base has a sparse layer every so many layers, counted from `sparse_offset`."""
+    sparse_offset: int = 1
+    specialise: SpecialiseConfig = field(default_factory=SpecialiseConfig)
+    chat_template: bool = True
+    """Use the tokenizer's chat template when it has one; else plain prompt and answer."""
+
+
+@dataclass
+class EncoderConfig:
+    """One frozen modality encoder."""
+
+    name: str = MISSING
+    """`efficientnet_lite0`, or `hf_vision` for a CLIP or SigLIP tower from a local folder."""
+    path: str = ""
+    """Folder of the weights; empty for an encoder that a package ships."""
+    image_size: int = 224
+    tokens_per_item: int = 9
+    """Tokens an image becomes: a square number; the feature grid is average-pooled to it."""
+    feature_layer: int = -2
+    """Hidden state of a vision tower that becomes the features (LLaVA's choice; MoExtend's code: -1)."""
+
+
+@dataclass
+class ConnectorConfig:
+    hidden_dim: int = 1024
+    """Width of the two-layer GELU MLP."""
+    closed_form_samples: int = 1024
+    """Training samples of the ridge regression that starts the connector; 0 starts it at random."""
+    ridge: float = 1e-1
+    """Penalty, relative to the features' mean squared value."""
+
+
+@dataclass
+class ExtensionConfig:
+    """What training adds to the base."""
+
+    name: str = "vision"
+    num_new_experts: int = 1
+    """New experts a chosen layer."""
+    layers: list[int] = field(default_factory=list)
+    """Decoder layers to extend; empty: the probe chooses."""
+    layer_share: float = 0.5
+    """Share of the sparse layers that the probe chooses (MoExtend: 0.5)."""
+    scope: Scope = Scope.preserve
+    placement: Placement = Placement.replicate
+    expert_init: ExpertInit = ExpertInit.copy
+    expert_type: ExpertType = ExpertType.full
+    lora_rank: int = 8
+    drop_ratio: float = 0.5
+    row_init: RowInit = RowInit.clone
+    affected_share: float = 0.25
+    """Share of the new modality's tokens whose expert set a cloned row may change at step 0."""
+    calibration: CalibrationKind = CalibrationKind.mlp_add
+
+
+@dataclass
+class StageConfig:
+    """One phase of training."""
+
+    kind: StageKind = StageKind.train
+    train: list[Trainable] = field(default_factory=list)
+    steps: int = 0
+    sequences_per_rank: int = 8
+    """Sequences of one rank's micro-batch."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+    learning_rate: float = 1e-3
+    warmup_share: float = 0.03
+    final_learning_rate_share: float = 0.0
+    """The cosine ends at this share of `learning_rate`."""
+    balance_coefficient: float = 0.0
+    """Weight of the balance loss E * sum(f * P), 1.0 when even. MoExtend's 0.001 counts f summing to
+    top_k and multiplies by 9: here top_k * 9 / E times that."""
+    z_coefficient: float = 0.0
+    checkpoint_every: int = 25
+    """Steps between two published checkpoints inside the stage; 0: only at its end."""
+    statistics_samples: int = 256
+    """probe: held-out samples whose expert selections are counted."""
+    data: str = "train"
+    """Name of the sample stream in `data.streams`."""
+
+
+@dataclass
+class StreamConfig:
+    """One named stream of samples: webdataset shards behind a manifest."""
+
+    manifest: str = MISSING
+    """Path or URL of the manifest that `moe-ext shards` writes."""
+    weight: float = 1.0
+    split: str = "train"
+    """`train`, `heldout` or `all`: which samples of the manifest, by its own split column."""
+    shuffle: bool = True
+
+
+@dataclass
+class DataConfig:
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
+    builtin: str = ""
+    """Name of a small real data set to prepare when its shards are missing: `openmoji`."""
+    limit: int = 0
+    """Use only the first so many samples of the built-in set; 0 uses all. For smoke runs."""
+    prompt: str = "A picture of"
+    """Text between an image and its caption."""
+    max_length: int = 128
+    pack: bool = False
+    num_workers: int = 1
+    shuffle_window: int = 4096
+    """Samples within which the order is shuffled; shards are shuffled as a whole."""
+    bad_sample_budget: int = 100
+    """Samples that may be skipped, each logged, before the run stops."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Global norm to clip the gradient to; 0 does not clip."""
+
+
+@dataclass
+class ParallelConfig:
+    ep_size: int = 1
+    """Ranks that share the frozen experts; divides the number of ranks."""
+    zero_stage: int = 1
+    frozen_placement: Placement = Placement.shard
+    precision: Precision = Precision.auto
+    activation_checkpointing: bool = False
+    timeout_s: float = 600.0
+    """A collective that waits longer ends the run with an error."""
+    threads_per_rank: int = 0
+    """Processor threads; 0 shares the machine's cores among its ranks."""
+
+
+@dataclass
+class TrackingConfig:
+    wandb: bool = True
+    """Offline where there is no key or no network; it can never stop a run."""
+    wandb_project: str = "moe_ext"
+    wandb_entity: str = ""
+    tensorboard: bool = False
+    log_every: int = 1
+    progress: bool = True
+
+
+@dataclass
+class EvaluationConfig:
+    candidates: int = 60
+    """Images and captions of the retrieval test."""
+    captions: int = 12
+    """Held-out images that the model writes captions for."""
+    text_tokens: int = 8192
+    """Tokens of held-out text."""
+
+
+@dataclass
+class TrainConfig:
+    """A whole run."""
+
+    name: str = MISSING
+    seed: int = 0
+    run_dir: str = "runs/${name}"
+    cache_dir: str = "runs/cache"
+    """Upcycled bases and built-in shards, kept between runs."""
+    chain: list[str] = field(default_factory=list)
+    """Names of the stages, in order."""
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    encoder: dict[str, EncoderConfig] = field(default_factory=dict)
+    """Modality name -> encoder; modality ids 1, 2, ... follow this order."""
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    extension: ExtensionConfig = field(default_factory=ExtensionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def from_hydra(composed: Any) -> TrainConfig:
+    """The typed configuration of a composed or loaded DictConfig, checked.
+
+    Raises:
+        ValueError: a value breaks a rule; the message names value, rule, remedy and key.
+    """
+    raise NotImplementedError
