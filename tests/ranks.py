@@ -33,8 +33,9 @@ def run_ranks(
     """What `function(*args)` returned on each rank, by rank (return CPU tensors and plain objects).
 
     Inside, `torch.distributed` is a gloo group of `world_size` ranks; RANK, LOCAL_RANK and WORLD_SIZE are
-    set and torch uses one thread. `function` may be "module:name". An exception on any rank ends them all and is raised here; ranks that outlive
-    `timeout_s` are killed, and the message shows where each of them stood.
+    set and torch uses one thread. `function` may be "module:name". An exception on any rank ends them
+    all and is raised here; ranks that outlive `timeout_s` are killed, and the
+    message shows where each of them stood.
 
     Raises:
         RankError: with the traceback of the rank that failed first.
@@ -43,7 +44,9 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = [
             # Not daemons: a rank may start data workers of its own.
-            context.Process(target=_rank, args=(function, rank, world_size, args, folder, timeout_s))
+            context.Process(
+                target=_rank, args=(function, rank, world_size, args, folder, timeout_s)
+            )
             for rank in range(world_size)
         ]
         end = time.monotonic() + timeout_s
@@ -67,15 +70,21 @@ def run_ranks(
                 if process.pid is not None:
                     process.join()
         if timed_out:
-            raise RankError(f"{len(running)} of {world_size} ranks still ran after {timeout_s} s\n{stacks}")
+            raise RankError(
+                f"{len(running)} of {world_size} ranks still ran after {timeout_s} s\n{stacks}"
+            )
         errors = [pickle.loads(path.read_bytes()) for path in Path(folder).glob("error-*")]
         if errors:  # the earliest is the cause, later ones mostly "connection closed by peer"
             _, rank, text = min(errors)
             raise RankError(f"rank {rank} of {world_size} failed:\n{text}")
         codes = {rank: p.exitcode for rank, p in enumerate(ranks) if p.exitcode}
         if codes:
-            raise RankError(f"ranks ended with exit codes {codes} and no traceback (killed by a signal?)")
-        return [pickle.loads((Path(folder) / f"result-{r}").read_bytes()) for r in range(world_size)]
+            raise RankError(
+                f"ranks ended with exit codes {codes} and no traceback (killed by a signal?)"
+            )
+        return [
+            pickle.loads((Path(folder) / f"result-{r}").read_bytes()) for r in range(world_size)
+        ]
 
 
 def _rank(
@@ -89,7 +98,10 @@ def _rank(
     stack_file = open(f"{folder}/stack-{rank}", "w")
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
     )
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
@@ -99,7 +111,9 @@ def _rank(
             store=torch.distributed.FileStore(f"{folder}/store", world_size),
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_s + 60.0),  # the parent is first, and shows stacks
+            timeout=datetime.timedelta(
+                seconds=timeout_s + 60.0
+            ),  # the parent is first, and shows stacks
         )
         if isinstance(function, str):
             module, _, name = function.partition(":")

