@@ -5,11 +5,19 @@ deeper code gets numbers. A wrong type or an unknown key is refused by the schem
 combination by `check`, each before a process group exists and in one line that names the key.
 """
 
-from dataclasses import dataclass, field
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 
 class Scope(Enum):
@@ -199,6 +207,9 @@ class StageConfig:
     """Steps between two published checkpoints inside the stage; 0: only at its end."""
     statistics_samples: int = 256
     """probe: held-out samples whose expert selections are counted."""
+    max_bad_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, each skipped by all ranks, before the
+    run stops."""
     data: str = "train"
     """Name of the sample stream in `data.streams`."""
 
@@ -267,7 +278,9 @@ class TrackingConfig:
     wandb_entity: str = ""
     tensorboard: bool = False
     log_every: int = 1
+    """Steps between two lines of the log and of W&B."""
     progress: bool = True
+    """A live bar on a terminal; plain lines elsewhere or when false."""
 
 
 @dataclass
@@ -285,10 +298,14 @@ class TrainConfig:
     """A whole run."""
 
     name: str = MISSING
+    """Name of the run, and of its folder."""
     seed: int = 0
     run_dir: str = "runs/${name}"
+    """Where everything of this run goes; a run started again with the same folder goes on in it."""
     cache_dir: str = "runs/cache"
     """Upcycled bases and built-in shards, kept between runs."""
+    keep_checkpoints: int = 2
+    """Published checkpoints of the running stage to keep; a finished stage keeps its last one."""
     chain: list[str] = field(default_factory=list)
     """Names of the stages, in order."""
     stages: dict[str, StageConfig] = field(default_factory=dict)
@@ -304,10 +321,54 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+SCHEMA_NAME = "train_schema"
+"""Name under which `conf/train.yaml` finds the schema of TrainConfig."""
+
+
+def register_schema() -> None:
+    """Make the schema known to Hydra; called once before composing, never at import."""
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=TrainConfig)
+
+
 def from_hydra(composed: Any) -> TrainConfig:
     """The typed configuration of a composed or loaded DictConfig, checked.
 
     Raises:
-        ValueError: a value breaks a rule; the message names value, rule, remedy and key.
+        ValueError: an unknown key, a wrong type, a missing value, or a value that breaks a rule; one
+            line that names value, rule, remedy and key.
     """
-    raise NotImplementedError
+    from moe_ext.config_check import check  # it needs the classes above
+
+    try:
+        # As plain values: a key that `+key=value` added to a typed node would slip through the merge.
+        plain = OmegaConf.to_container(composed) if OmegaConf.is_config(composed) else composed
+        typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), plain)
+        config = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error)) from error
+    assert isinstance(config, TrainConfig)
+    check(config)
+    return config
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as text that `from_hydra(OmegaConf.create(text))` reads back equal."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def explain(error: OmegaConfBaseException) -> str:
+    """One line for an OmegaConf error: the key, what is wrong, and the nearest key that exists."""
+    key = error.full_key or str(error.key or "")
+    reason = (error.msg or str(error)).strip().split("\n")[0]
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is missing: give it on the command line as {key}=VALUE"
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        known = (
+            [f.name for f in fields(error.object_type)] if is_dataclass(error.object_type) else []
+        )
+        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+        prefix = key.rpartition(".")[0] + "." if "." in key else ""
+        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+        known_text = f" (known here: {', '.join(known)})" if known and not near else ""
+        return f"{key} is not a setting{hint}{known_text}"
+    return f"{key}: {reason}"

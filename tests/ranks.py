@@ -95,7 +95,7 @@ def _rank(
     folder: str,
     timeout_s: float,
 ) -> None:
-    stack_file = open(f"{folder}/stack-{rank}", "w")
+    stack_file = open(f"{folder}/stack-{rank}", "w")  # noqa: SIM115 (faulthandler keeps it)
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     os.environ.update(
         RANK=str(rank),
@@ -122,7 +122,7 @@ def _rank(
         torch.distributed.barrier()  # nobody leaves while a peer still needs it
         Path(f"{folder}/result-{rank}").write_bytes(pickle.dumps(result))
         torch.distributed.destroy_process_group()
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (every error goes to the parent)
         error = (time.time(), rank, traceback.format_exc())
         Path(f"{folder}/error-{rank}").write_bytes(pickle.dumps(error))
         os._exit(1)  # at once: an orderly exit may wait for a collective that never comes

@@ -1,0 +1,88 @@
+"""A command line or a YAML file becomes a TrainConfig, or one readable line says why not.
+
+The compose API is used, not `@hydra.main`: no run folder of Hydra's own (it would be computed per
+rank), no change of directory, and the launcher's `--local_rank` never reaches Hydra.
+"""
+
+import argparse
+import difflib
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moe_ext.config import TrainConfig, explain, from_hydra, register_schema
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+
+class ConfigError(ValueError):
+    """The configuration is refused; the message is one line for the user."""
+
+
+def parser(program: str) -> argparse.ArgumentParser:
+    """Options of a command that composes a configuration; everything else is Hydra overrides."""
+    result = argparse.ArgumentParser(
+        prog=program,
+        description="Train an extension: align -> probe -> extend -> tune, resumed where it stopped.",
+        epilog="Overrides are Hydra's: group=choice or key=value, for example "
+        "`experiment=demo parallel.ep_size=2 stages.tune.steps=100`. Groups and files: conf/.",
+    )
+    result.add_argument(
+        "--config-file", type=Path, help="a resolved YAML file instead of conf/ and overrides"
+    )
+    result.add_argument("--config-dir", type=Path, default=CONF_DIR, help="another conf/ folder")
+    result.add_argument(
+        "--show", action="store_true", help="print the resolved configuration and stop"
+    )
+    result.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # deepspeed's launcher
+    result.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    return result
+
+
+def load(config_dir: Path, overrides: list[str], config_file: Path | None = None) -> TrainConfig:
+    """The checked configuration.
+
+    Raises:
+        ConfigError: with one line: an unknown group, key or choice, a wrong type, an impossible combination.
+    """
+    try:
+        if config_file is not None:
+            if not config_file.is_file():
+                raise ConfigError(f"--config-file {config_file} does not exist")
+            loaded = OmegaConf.load(config_file)
+            return from_hydra(OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides)))
+        if not (config_dir / "train.yaml").is_file():
+            raise ConfigError(
+                f"{config_dir} holds no train.yaml; give the conf folder by --config-dir"
+            )
+        register_schema()
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+            return from_hydra(compose("train", overrides))
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def _one_line(error: BaseException) -> str:
+    """The innermost reason that Hydra wrapped, in one line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException):
+            return explain(cause)
+        cause = cause.__cause__
+    if isinstance(error, MissingConfigException):
+        options = error.options or []
+        missing = (error.missing_cfg_file or "").rpartition("/")[2]
+        near = difflib.get_close_matches(missing, options, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        first = str(error).strip().split("\n")[0].removeprefix("In 'train': ")
+        return f"{first}{hint} (choices: {', '.join(options)})" if options else first
+    return " ".join(line.strip() for line in str(error).strip().splitlines() if line.strip())

@@ -1,0 +1,255 @@
+"""Which combinations of settings are impossible, and why: called once, before any process group exists.
+
+Every function raises ValueError with the value, the rule, the remedy and the configuration key.
+"""
+
+import math
+import re
+
+from moe_ext.config import (
+    EncoderConfig,
+    ExpertType,
+    Placement,
+    StageConfig,
+    StageKind,
+    Trainable,
+    TrainConfig,
+)
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ValueError for the first rule that `config` breaks."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        raise ValueError(
+            f"name={config.name!r} becomes a folder and a W&B name; use letters, digits, '.', '_' and '-'"
+        )
+    at_least("keep_checkpoints", config.keep_checkpoints, 1)
+    _check_base(config)
+    if not config.encoder:
+        raise ValueError(
+            "encoder is empty; name a modality, for example encoder@encoder.image=clip"
+        )
+    for modality, encoder in config.encoder.items():
+        _check_encoder(modality, encoder)
+    _check_extension(config)
+    _check_data(config)
+    _check_optim_and_parallel(config)
+    _check_chain(config)
+    for name in config.chain:
+        _check_stage(name, config.stages[name], config)
+
+
+def check_world(config: TrainConfig, world_size: int, local_world_size: int | None = None) -> None:
+    """Raise ValueError where the number of ranks does not fit; needs no process group."""
+    ep_size = config.parallel.ep_size
+    if world_size % ep_size:
+        raise ValueError(
+            f"parallel.ep_size={ep_size} does not divide the {world_size} rank(s) of this job; "
+            f"start a multiple of {ep_size} ranks (deepspeed --num_accelerators {ep_size} ...) "
+            f"or set parallel.ep_size to one of {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
+        )
+
+
+def at_least(key: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{key}={value} must be at least {least}")
+
+
+def _share(key: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{key}={value} is a share and must lie between 0 and 1")
+
+
+def _check_base(config: TrainConfig) -> None:
+    base = config.base
+    if bool(base.path) == bool(base.dense):
+        raise ValueError(
+            f"base.path={base.path!r} and base.dense={base.dense!r}: give exactly one, the folder of an MoE "
+            "checkpoint or a dense model to upcycle (base.dense=builtin:smollm2)"
+        )
+    at_least("base.num_experts", base.num_experts, 1)
+    if not 1 <= base.top_k <= base.num_experts:
+        raise ValueError(
+            f"base.top_k={base.top_k} must lie between 1 and base.num_experts={base.num_experts}"
+        )
+    at_least("base.sparse_every", base.sparse_every, 1)
+    at_least("base.sparse_offset", base.sparse_offset, 0)
+
+
+def _check_encoder(modality: str, encoder: EncoderConfig) -> None:
+    key = f"encoder.{modality}"
+    if not modality.isidentifier() or modality == "text":
+        raise ValueError(f"{key}: the name of a modality must be an identifier other than 'text'")
+    if encoder.name == "hf_vision" and not encoder.path:
+        raise ValueError(
+            f"{key}.path is empty; encoder hf_vision reads its tower from a local folder"
+        )
+    at_least(f"{key}.tokens_per_item", encoder.tokens_per_item, 1)
+    if math.isqrt(encoder.tokens_per_item) ** 2 != encoder.tokens_per_item:
+        raise ValueError(
+            f"{key}.tokens_per_item={encoder.tokens_per_item} must be a square number: the feature grid is "
+            "pooled to its square root on each side"
+        )
+
+
+def _check_extension(config: TrainConfig) -> None:
+    extension = config.extension
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", extension.name):
+        raise ValueError(
+            f"extension.name={extension.name!r} becomes part of checkpoint keys; use an identifier"
+        )
+    at_least("extension.num_new_experts", extension.num_new_experts, 1)
+    _share("extension.layer_share", extension.layer_share)
+    _share("extension.drop_ratio", extension.drop_ratio)
+    _share("extension.affected_share", extension.affected_share)
+    if len(set(extension.layers)) != len(extension.layers) or any(i < 0 for i in extension.layers):
+        raise ValueError(
+            f"extension.layers={extension.layers} must be different decoder layers, counted from 0"
+        )
+    if extension.expert_type is ExpertType.lora:
+        at_least("extension.lora_rank", extension.lora_rank, 1)
+    if extension.placement is Placement.shard and config.parallel.ep_size == 1:
+        raise ValueError(
+            "extension.placement=shard needs parallel.ep_size > 1; use extension.placement=replicate on one rank"
+        )
+
+
+def _check_data(config: TrainConfig) -> None:
+    data = config.data
+    if data.builtin not in ("", "openmoji"):
+        raise ValueError(
+            f"data.builtin={data.builtin!r} is not known; use openmoji, or '' and data.streams"
+        )
+    for name, stream in data.streams.items():
+        if stream.split not in ("train", "heldout", "all"):
+            raise ValueError(
+                f"data.streams.{name}.split={stream.split!r} must be one of train, heldout, all"
+            )
+        if not stream.weight > 0:
+            raise ValueError(f"data.streams.{name}.weight={stream.weight} must be above 0")
+    at_least("data.num_workers", data.num_workers, 0)
+    at_least("data.shuffle_window", data.shuffle_window, 1)
+    at_least("data.bad_sample_budget", data.bad_sample_budget, 0)
+    longest = max(encoder.tokens_per_item for encoder in config.encoder.values())
+    if data.max_length < longest + 8:
+        raise ValueError(
+            f"data.max_length={data.max_length} leaves no room for text beside the {longest} tokens of one item; "
+            f"use at least {longest + 8}"
+        )
+
+
+def _check_optim_and_parallel(config: TrainConfig) -> None:
+    optim, parallel = config.optim, config.parallel
+    for key in ("beta1", "beta2"):
+        if not 0.0 <= getattr(optim, key) < 1.0:
+            raise ValueError(f"optim.{key}={getattr(optim, key)} must lie in [0, 1)")
+    at_least("optim.eps", optim.eps, 0.0)
+    at_least("optim.weight_decay", optim.weight_decay, 0.0)
+    at_least("optim.clip_norm", optim.clip_norm, 0.0)
+    at_least("parallel.ep_size", parallel.ep_size, 1)
+    at_least("parallel.threads_per_rank", parallel.threads_per_rank, 0)
+    if not parallel.timeout_s > 0:
+        raise ValueError(f"parallel.timeout_s={parallel.timeout_s} must be above 0")
+    if parallel.zero_stage == 3:
+        raise ValueError(
+            "parallel.zero_stage=3 is refused: it partitions the trainable part only to gather it again at every "
+            "layer, and needs a trainable expert on every rank; what trains is small, use 1 or 2"
+        )
+    if parallel.zero_stage not in (0, 1, 2):
+        raise ValueError(f"parallel.zero_stage={parallel.zero_stage} must be 0, 1 or 2")
+    if parallel.zero_stage == 0 and optim.clip_norm > 0:
+        raise ValueError(
+            f"parallel.zero_stage=0 with optim.clip_norm={optim.clip_norm} is refused: DeepSpeed 0.19.8 clips by a "
+            "wrong norm there; use parallel.zero_stage=1, or optim.clip_norm=0"
+        )
+
+
+def _check_chain(config: TrainConfig) -> None:
+    chain = config.chain
+    if not chain:
+        raise ValueError(
+            "chain is empty; name the stages to run, for example chain=[align,probe,extend,tune]"
+        )
+    if len(set(chain)) != len(chain):
+        raise ValueError(f"chain={chain} names a stage twice; give each its own name under stages")
+    for name in chain:
+        if name not in config.stages:
+            raise ValueError(
+                f"chain names {name!r}, which is not in stages ({', '.join(config.stages)})"
+            )
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(
+                f"stages.{name}: a stage's name becomes a folder; use letters, digits, '_' and '-'"
+            )
+    kinds = [config.stages[name].kind for name in chain]
+    if kinds.count(StageKind.extend) > 1:
+        raise ValueError(
+            f"chain={chain} holds more than one stage of kind extend; one run adds one extension"
+        )
+    before = (
+        kinds[: kinds.index(StageKind.extend)] if StageKind.extend in kinds else [StageKind.probe]
+    )
+    if StageKind.probe not in before and not config.extension.layers:
+        raise ValueError(
+            f"chain={chain} extends without a probe before it, and extension.layers is empty; "
+            "add a stage of kind probe, or list the layers in extension.layers"
+        )
+    extended = False
+    for name, kind in zip(chain, kinds, strict=True):
+        if kind is StageKind.probe and extended:
+            raise ValueError(f"chain={chain}: stage {name} probes after the surgery; put it before")
+        extended = extended or kind is StageKind.extend
+        needs = {Trainable.new_experts, Trainable.new_rows, Trainable.calibration}
+        if needs & set(config.stages[name].train) and not extended:
+            raise ValueError(
+                f"stages.{name}.train holds {sorted(t.name for t in needs & set(config.stages[name].train))}, "
+                f"but chain={chain} has no stage of kind extend before {name}"
+            )
+
+
+def _check_stage(name: str, stage: StageConfig, config: TrainConfig) -> None:
+    key = f"stages.{name}"
+    if stage.kind is StageKind.extend:
+        if stage.train or stage.steps:
+            raise ValueError(
+                f"{key} is of kind extend, which trains nothing; leave {key}.train and steps empty"
+            )
+        return
+    at_least(f"{key}.steps", stage.steps, 1)
+    at_least(f"{key}.sequences_per_rank", stage.sequences_per_rank, 1)
+    at_least(f"{key}.accumulation", stage.accumulation, 1)
+    at_least(f"{key}.checkpoint_every", stage.checkpoint_every, 0)
+    at_least(f"{key}.max_bad_steps", stage.max_bad_steps, 0)
+    at_least(f"{key}.balance_coefficient", stage.balance_coefficient, 0.0)
+    at_least(f"{key}.z_coefficient", stage.z_coefficient, 0.0)
+    _share(f"{key}.warmup_share", stage.warmup_share)
+    _share(f"{key}.final_learning_rate_share", stage.final_learning_rate_share)
+    if not stage.learning_rate > 0:
+        raise ValueError(f"{key}.learning_rate={stage.learning_rate} must be above 0")
+    if not stage.train:
+        raise ValueError(
+            f"{key}.train is empty; list what it trains: {', '.join(part.name for part in Trainable)}"
+        )
+    if stage.kind is StageKind.probe:
+        if stage.train != [Trainable.router_delta]:
+            raise ValueError(
+                f"{key} is of kind probe and trains exactly [router_delta], not {_names(stage)}"
+            )
+        at_least(f"{key}.statistics_samples", stage.statistics_samples, 1)
+    elif Trainable.router_delta in stage.train:
+        raise ValueError(
+            f"{key}.train holds router_delta, which only a stage of kind probe trains and discards"
+        )
+    if stage.data not in config.data.streams and not (
+        config.data.builtin and stage.data == "train"
+    ):
+        known = (
+            ", ".join([*config.data.streams, *(["train"] if config.data.builtin else [])]) or "none"
+        )
+        raise ValueError(
+            f"{key}.data={stage.data!r} is not a stream of data.streams (known: {known})"
+        )
+
+
+def _names(stage: StageConfig) -> list[str]:
+    return [part.name for part in stage.train]

@@ -1,0 +1,110 @@
+"""The configuration refuses typos, wrong types and impossible combinations in one line."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from moe_ext.compose import CONF_DIR, ConfigError, load
+from moe_ext.config import Placement, Scope, Trainable, TrainConfig, from_hydra, to_yaml
+from moe_ext.config_check import check_world
+
+
+def compose(*overrides: str) -> TrainConfig:
+    return load(CONF_DIR, list(overrides))
+
+
+@pytest.mark.parametrize(
+    "experiment", sorted(p.stem for p in (CONF_DIR / "experiment").glob("*.yaml"))
+)
+def test_every_experiment_composes(experiment):
+    assert compose(f"experiment={experiment}").chain
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "encoder@encoder.image=clip encoder.image.path=/clip data.max_length=2048",
+        "encoder@encoder.image=siglip encoder.image.path=/siglip data.max_length=2048",
+        "base=folder base.path=/mixtral",
+        "base=dense_folder base.dense=/llama",
+        "data=shards data.streams.train.manifest=/manifest.json",
+        "extension=moextend_joint",
+        "connector=mlp_random",
+        "parallel=expert",
+        "tracking=local",
+    ],
+)
+def test_every_group_choice_composes(choice):
+    compose(*choice.split())
+
+
+def test_values_arrive_typed():
+    config = compose("experiment=demo", "parallel.ep_size=2", "extension.placement=shard")
+    assert (config.name, config.run_dir) == ("demo", "runs/demo")
+    assert (
+        config.extension.scope is Scope.preserve and config.extension.placement is Placement.shard
+    )
+    assert config.stages["align"].train == [Trainable.connector]
+    assert config.chain == ["align", "probe", "extend", "tune"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["experiment=demoo"], "did you mean demo?"),
+        (["optim.clipnorm=1"], "optim.clipnorm is not a setting; did you mean optim.clip_norm?"),
+        (["+optim.clipnorm=1"], "optim.clipnorm is not a setting; did you mean optim.clip_norm?"),
+        (["+bogus=1"], "bogus is not a setting"),
+        (["stages.tun.steps=3"], "stages.tun is not a setting"),
+        (
+            ["optim.clip_norm=abc"],
+            "optim.clip_norm: Value 'abc' of type 'str' could not be converted",
+        ),
+        (["stages.tune.steps=1.5"], "stages.tune.steps: Value '1.5'"),
+        (["extension.scope=prserve"], r"expected one of \[joint, preserve, modality\]"),
+        (["stages.tune.train=[connector,bogus]"], "Invalid value 'bogus'"),
+        (["name=a/b"], "name='a/b'"),
+        (["base=folder"], "give exactly one"),
+        (["base.top_k=5"], "base.top_k=5"),
+        (["parallel.zero_stage=3"], "zero_stage=3 is refused"),
+        (["parallel.zero_stage=0"], "zero_stage=0 with optim.clip_norm=1.0 is refused"),
+        (["chain=[align,tune]"], "no stage of kind extend before tune"),
+        (["chain=[align,extend,tune]"], "without a probe before it"),
+        (["chain=[align,align]"], "names a stage twice"),
+        (["chain=[align,other]"], "'other', which is not in stages"),
+        (["chain=[extend,probe]", "extension.layers=[1]"], "probes after the surgery"),
+        (["stages.extend.steps=2"], "trains nothing"),
+        (["stages.align.train=[]"], "stages.align.train is empty"),
+        (["stages.align.train=[router_delta]"], "only a stage of kind probe"),
+        (["stages.align.data=other"], "not a stream"),
+        (["extension.placement=shard"], "needs parallel.ep_size > 1"),
+        (["extension.layers=[1,1]"], "must be different"),
+        (["encoder.image.tokens_per_item=10"], "must be a square number"),
+        (["data.max_length=12"], "leaves no room for text"),
+        (["data=shards"], "data.streams.train.manifest is missing"),
+        (["optim.beta2=1"], "optim.beta2=1.0"),
+        (["foo=="], "Error parsing override"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose(*overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_number_of_ranks_must_fit():
+    config = compose("parallel.ep_size=2")
+    check_world(config, world_size=4)
+    with pytest.raises(ValueError, match="parallel.ep_size=2 does not divide the 3 rank"):
+        check_world(config, world_size=3)
+
+
+def test_a_resolved_file_reads_back_equal(tmp_path):
+    config = compose("experiment=smoke", "extension.scope=joint", "seed=3")
+    file = tmp_path / "resolved.yaml"
+    file.write_text(to_yaml(config))
+    assert load(CONF_DIR, [], file) == config
+    assert from_hydra(OmegaConf.create(to_yaml(config))) == config
+    assert load(CONF_DIR, ["seed=4"], file).seed == 4
+    file.write_text(file.read_text().replace("clip_norm", "clipnorm"))
+    with pytest.raises(ConfigError, match="did you mean optim.clip_norm"):
+        load(CONF_DIR, [], file)
