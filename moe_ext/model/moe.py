@@ -1,0 +1,150 @@
+"""The extended layer: route, dispatch, experts, combine.
+
+A frozen bank (pretrained experts) and any number of new banks (one an extension) behind one router.
+It takes the place of a Hugging Face sparse block: hidden states in, hidden states out.
+
+Shape letters: B sequences, S positions, T = B * S tokens, D hidden width, E frozen experts.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_ext.config import Placement
+from moe_ext.model.dispatch import Liveness, dispatch
+from moe_ext.model.experts import NO_EXPERT, Bank, FrozenBank, NewBank
+from moe_ext.model.placement import owners
+from moe_ext.model.routing import ContextHolder, NewRows, Router, text_context
+
+
+class ExtendedMoE(nn.Module):
+    """One sparse block with frozen and new experts.
+
+    Args:
+        shared: the block's shared experts, (T, D) -> (T, D), added to the routed output; or None.
+        ep_group: the expert-parallel group; None is the same mathematics on one rank.
+        holder: where the routing context is found, one object for all layers of a model.
+        returns_tuple: the family's decoder layer expects `(hidden, router scores)` (GPT-OSS).
+    """
+
+    def __init__(
+        self,
+        layer_index: int,
+        router: Router,
+        frozen: FrozenBank,
+        shared: nn.Module | None,
+        holder: ContextHolder,
+        ep_group: dist.ProcessGroup | None = None,
+        returns_tuple: bool = False,
+    ):
+        super().__init__()
+        self.layer_index, self.router, self.frozen, self.shared = (
+            layer_index,
+            router,
+            frozen,
+            shared,
+        )
+        self.new = nn.ModuleDict()
+        self.holder, self.ep_group, self.returns_tuple = holder, ep_group, returns_tuple
+        self.liveness = Liveness()
+        self._place()
+
+    @property
+    def num_frozen(self) -> int:
+        return self.frozen.num_experts
+
+    @property
+    def num_new(self) -> int:
+        return sum(bank.num_experts for bank in self.banks[1:])
+
+    @property
+    def banks(self) -> list[Bank]:
+        """The frozen bank, then the new ones in the order of their logical ids."""
+        return [self.frozen, *self.new.values()]  # type: ignore[list-item]
+
+    def add_bank(self, name: str, bank: NewBank, rows: NewRows) -> None:
+        """Append an extension's experts; their logical ids follow all present ones.
+
+        Raises:
+            ValueError: the layer has an extension of that name already.
+        """
+        if name in self.new:
+            raise ValueError(
+                f"extension.name={name} is already present in layer {self.layer_index}; "
+                "choose another name or remove it first"
+            )
+        self.new[name], self.router.rows[name] = bank, rows
+        self._place()
+
+    def remove_bank(self, name: str) -> None:
+        """Take an extension out; with none left the layer is the base's, bit by bit."""
+        del self.new[name], self.router.rows[name]
+        self._place()
+
+    def _place(self) -> None:
+        """Where every logical expert lives: an owner a logical id, a first held id a bank.
+
+        A replicated expert's owner is NO_EXPERT: it is computed where its tokens are and never
+        travels. What a rank holds of a bank is one contiguous run of logical ids.
+        """
+        world = 1 if self.ep_group is None else dist.get_world_size(self.ep_group)
+        owner: list[int] = []
+        for bank in self.banks:
+            bank.first_held = len(owner) + (bank.expert_ids[0] if bank.expert_ids else 0)
+            if bank.placement is Placement.replicate or world == 1:
+                owner += [NO_EXPERT] * bank.num_experts
+            else:
+                held = owners(bank.num_experts, world, bank.placement)
+                owner += [rank for rank in range(world) for _ in held[rank]]
+        self.owner_of = torch.tensor(owner, dtype=torch.int64)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        batch, length, dim = hidden_BSD.shape
+        x_TD = hidden_BSD.reshape(-1, dim)
+        context = self.holder.context
+        if context is None:
+            context = text_context(batch, length, x_TD.device)
+        routing = self.router(x_TD, context, self.layer_index)
+        y_TD = self._experts(x_TD, routing.expert_TS, routing.weight_TS)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        y_BSD = y_TD.view(batch, length, dim)
+        return (y_BSD, None) if self.returns_tuple else y_BSD
+
+    def _experts(self, x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
+        """(T, D): sharded experts through the exchange, replicated ones where their tokens are."""
+        group = self.ep_group
+        stay = [b for b in self.banks if group is None or b.placement is Placement.replicate]
+        travel = [b for b in self.banks if b not in stay]
+        y_TD = None
+        if travel:
+            self.owner_of = self.owner_of.to(x_TD.device)
+            owner_TS = self.owner_of[expert_TS.clamp(min=0)]
+            owner_TS = owner_TS.masked_fill(expert_TS < 0, NO_EXPERT)
+
+            def compute(x_QD: Tensor, expert_QS: Tensor, weight_QS: Tensor) -> Tensor:
+                return _sum_banks(None, x_QD, expert_QS, weight_QS, travel)
+
+            y_TD = dispatch(x_TD, expert_TS, weight_TS, owner_TS, compute, group, self.liveness)
+        return _sum_banks(y_TD, x_TD, expert_TS, weight_TS, stay)
+
+
+def _sum_banks(
+    y_TD: Tensor | None, x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor, banks: list[Bank]
+) -> Tensor:
+    """(T, D): y (the first bank's output where there is none) plus the outputs of the other banks.
+
+    A bank is added only to the tokens that chose it: no work for the others, and a token without a
+    new expert keeps its bits. A bank nobody chose computes zero rows and stays in the graph.
+    """
+    for bank in banks:
+        local_TS = expert_TS - bank.first_held
+        if y_TD is None:
+            y_TD = bank(x_TD, local_TS, weight_TS)
+            continue
+        chosen_TS = (local_TS >= 0) & (local_TS < len(bank.expert_ids)) & (expert_TS >= 0)
+        token_U = chosen_TS.any(1).nonzero().squeeze(1)
+        rows_UD = bank(x_TD[token_U], local_TS[token_U], weight_TS[token_U])
+        y_TD = y_TD.index_add(0, token_U, rows_UD)
+    assert y_TD is not None
+    return y_TD

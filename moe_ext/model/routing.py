@@ -1,0 +1,400 @@
+"""Which experts a token gets, and with what weight: the family's own rule, extended.
+
+Shape letters: T tokens, E frozen experts, N new experts of one extension, X = E + all new experts,
+K = top_k, S slots = K + one for every new expert that shares its source's slot.
+
+Frozen rows are multiplied by a GEMM of their own, and a token that may not choose new experts is
+routed by the frozen logits alone, so that its routing is the base's bit by bit: a wider product or
+a wider softmax would round otherwise.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ext.batch import TEXT
+from moe_ext.config import CalibrationKind, Scope
+from moe_ext.model.experts import NO_EXPERT
+
+
+@dataclass
+class RoutingRule:
+    """A family's routing in numbers."""
+
+    top_k: int
+    score: str = "softmax"
+    """`softmax` and `sigmoid` over all experts; `topk_softmax`: softmax over the chosen logits."""
+    renormalise: bool = True
+    """Divide the chosen scores by their sum."""
+    scale: float = 1.0
+    eps: float = 0.0
+    """Added to the sum that renormalises."""
+    num_groups: int = 1
+    groups_kept: int = 1
+    """Only experts of the best groups may be chosen (DeepSeek-V2 and V3)."""
+    group_score: str = "max"
+    """`max` or `top2_sum` of the choice scores of a group's experts."""
+    masked_score: float = float("-inf")
+    """Choice score of the experts of the other groups."""
+    fp32_logits: bool = False
+    """Multiply the rows in fp32 rather than in the model's dtype."""
+
+
+@dataclass
+class LayerRecord:
+    """What one layer routed in one forward pass."""
+
+    expert_TS: Tensor
+    """(T, S) int64 logical ids, -1 for an empty slot."""
+    num_experts: int
+    """E + N of the layer."""
+    base_expert_TK: Tensor | None = None
+    """(T, K) what the frozen rows alone choose; kept when the layer has new experts."""
+    prob_sum_X: Tensor | None = None
+    """(X,) fp32 with graph: sum of the router's probabilities over the counted tokens."""
+    z_sum: Tensor | None = None
+    """() fp32 with graph: sum of squared log-sum-exp over the counted tokens."""
+    counted_T: Tensor | None = None
+    """(T,) bool: tokens the losses count: not padding, candidates not restricted."""
+
+
+@dataclass
+class RoutingContext:
+    """Set around a forward pass, alive until its backward; layers leave their records in it."""
+
+    modality_BS: Tensor
+    segment_BS: Tensor
+    """0 marks padding, which is routed nowhere."""
+    seen_B: dict[int, Tensor] = field(default_factory=dict)
+    """Modality -> (B,) bool: it stood in an earlier part of the sequence (decoding with a cache)."""
+    with_losses: bool = False
+    """Record what the balance loss and the z-loss need."""
+    records: dict[int, LayerRecord] = field(default_factory=dict)
+    _allowed: dict[tuple[Scope, tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    @property
+    def valid_T(self) -> Tensor:
+        return self.segment_BS.reshape(-1) != 0
+
+    def allowed_T(self, scope: Scope, modalities: tuple[int, ...]) -> Tensor:
+        """(T,) bool: tokens that may choose the experts of an extension of these modalities."""
+        key = (scope, modalities)
+        if key not in self._allowed:
+            self._allowed[key] = self._compute_allowed(scope, modalities).reshape(-1)
+        return self._allowed[key]
+
+    def _compute_allowed(self, scope: Scope, modalities: tuple[int, ...]) -> Tensor:
+        valid = self.segment_BS != 0
+        if scope is Scope.joint:
+            return valid
+        new = torch.isin(self.modality_BS, self.modality_BS.new_tensor(modalities))
+        if scope is Scope.modality:
+            return new & valid
+        # preserve: it looks back inside the segment, never ahead
+        count = new.cumsum(1)
+        starts = torch.ones_like(new)
+        starts[:, 1:] = self.segment_BS[:, 1:] != self.segment_BS[:, :-1]
+        before_segment = torch.where(starts, count - new.long(), 0).cummax(1).values
+        allowed = count > before_segment
+        for modality in modalities:
+            if modality in self.seen_B:
+                allowed = allowed | self.seen_B[modality].unsqueeze(1)
+        return allowed & valid
+
+
+def text_context(batch_size: int, length: int, device: torch.device) -> RoutingContext:
+    """The context of plain text without padding: what a layer assumes when nobody set one."""
+    zeros = torch.full((batch_size, length), TEXT, dtype=torch.int64, device=device)
+    return RoutingContext(zeros, torch.ones_like(zeros))
+
+
+class ContextHolder:
+    """Where all extended layers of one model find the context of the pass under way.
+
+    An object shared by the layers, and not a global: activation checkpointing runs a layer again in
+    backward, on a thread of autograd's own.
+    """
+
+    def __init__(self) -> None:
+        self.context: RoutingContext | None = None
+
+
+class Calibration(nn.Module):
+    """A learnt correction of the probabilities, zero at the start (MoExtend's code, `WeightScale`).
+
+    `mlp_add`: p + W1 GELU(W2 p) with a hidden width of 2 (E + N) - 2, the published 9 -> 16 -> 9;
+    W2 ~ N(0, 0.02), W1 = 0. `vector_add`: p + v.
+    """
+
+    def __init__(self, kind: CalibrationKind, num_experts: int, *, dtype, device="cpu", seed: int):
+        super().__init__()
+        self.kind = kind
+        if kind is CalibrationKind.vector_add:
+            self.vector = nn.Parameter(torch.zeros(num_experts, dtype=dtype, device=device))
+        else:
+            hidden = max(2 * num_experts - 2, 2)
+            generator = torch.Generator().manual_seed(seed)
+            w2 = 0.02 * torch.randn(hidden, num_experts, generator=generator)
+            self.w2 = nn.Parameter(w2.to(device, dtype))
+            self.w1 = nn.Parameter(torch.zeros(num_experts, hidden, dtype=dtype, device=device))
+
+    def forward(self, prob_TX: Tensor) -> Tensor:
+        """(T, X): what is added to the probabilities, fp32."""
+        if self.kind is CalibrationKind.vector_add:
+            return self.vector.float().expand_as(prob_TX)
+        return F.linear(F.gelu(F.linear(prob_TX, self.w2.float())), self.w1.float())
+
+
+class NewRows(nn.Module):
+    """Router rows of one extension in one layer, with a scalar bias a row.
+
+    `shared_with[i]` is the frozen expert with which new expert i shares one top-k slot and its
+    weight, or -1 (row initialisation `clone_shared`).
+    """
+
+    def __init__(
+        self,
+        weight_ND: Tensor,
+        bias_N: Tensor,
+        scope: Scope,
+        modalities: tuple[int, ...],
+        calibration: Calibration | None = None,
+        shared_with: list[int] | None = None,
+    ):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight_ND), nn.Parameter(bias_N)
+        self.scope, self.modalities, self.calibration = scope, modalities, calibration
+        self.shared_with = shared_with or []
+        if len(set(self.shared_with)) < len(self.shared_with):
+            raise ValueError(
+                f"extension.row_init=clone_shared got sources {self.shared_with} in one layer; a "
+                "source shares its slot with one clone: name different sources or use clone"
+            )
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, N) fp32."""
+        return F.linear(x_TD, self.weight.to(x_TD.dtype)).float() + self.bias.float()
+
+
+@dataclass
+class Routing:
+    """The router's decision: ids and weights of every token's slots."""
+
+    expert_TS: Tensor
+    weight_TS: Tensor
+    """fp32; zero in an empty slot."""
+
+
+class Router(nn.Module):
+    """The base's rule over frozen rows and the rows of every extension."""
+
+    frozen_weight: Tensor
+    frozen_bias: Tensor | None
+    correction_bias: Tensor | None
+
+    def __init__(self, rule: RoutingRule, num_experts: int, hidden_dim: int, *, dtype, device="cpu",
+                 bias: bool = False, correction_bias: bool = False):  # fmt: skip
+        super().__init__()
+        self.rule, self.num_frozen = rule, num_experts
+
+        def buffer(name: str, wanted: bool, *size: int, dtype=dtype) -> None:
+            tensor = torch.zeros(*size, dtype=dtype, device=device) if wanted else None
+            self.register_buffer(name, tensor, persistent=False)
+
+        buffer("frozen_weight", True, num_experts, hidden_dim)
+        buffer("frozen_bias", bias, num_experts)
+        buffer("correction_bias", correction_bias, num_experts, dtype=torch.float32)
+        self.register_parameter("delta", None)
+        self.rows = nn.ModuleDict()
+
+    def add_delta(self) -> None:
+        """A trainable difference to every frozen row, zero now: what the probe trains."""
+        self.delta = nn.Parameter(torch.zeros_like(self.frozen_weight))
+
+    def drop_delta(self) -> None:
+        self.delta = None
+
+    def forward(self, x_TD: Tensor, context: RoutingContext, layer_index: int) -> Routing:
+        """Ids and weights of every slot; leaves a record in the context.
+
+        When the context already holds this layer's record, the pass is a recomputation inside
+        backward: the ids are taken from it, since a near tie may choose otherwise the second time.
+        """
+        earlier = context.records.get(layer_index)
+        logits_TE = self._frozen_logits(x_TD)
+        valid_T = context.valid_T
+        if not self.rows:
+            prob_TE = _probabilities(self.rule, logits_TE)
+            chosen_TK = earlier.base_expert_TK if earlier else self._choose(prob_TE, logits_TE)
+            weight_TK = _weights(self.rule, prob_TE, prob_TE, logits_TE, chosen_TK)
+            expert_TS = chosen_TK.masked_fill(~valid_T.unsqueeze(1), NO_EXPERT)
+            if earlier is None:
+                record = LayerRecord(expert_TS, self.num_frozen, base_expert_TK=chosen_TK)
+                self._record_losses(record, prob_TE, logits_TE, valid_T, context)
+                context.records[layer_index] = record
+            return Routing(expert_TS, weight_TK.masked_fill(~valid_T.unsqueeze(1), 0.0))
+        return self._extended(x_TD, logits_TE, context, layer_index, earlier)
+
+    def _frozen_logits(self, x_TD: Tensor) -> Tensor:
+        """(T, E) fp32."""
+        weight, bias = self.frozen_weight, self.frozen_bias
+        if self.rule.fp32_logits:
+            x_TD, weight = x_TD.float(), weight.float()
+        logits_TE = F.linear(x_TD, weight, bias).float()
+        if self.delta is not None:
+            logits_TE = logits_TE + F.linear(x_TD, self.delta.to(x_TD.dtype)).float()
+        return logits_TE
+
+    def _choose(self, prob_TX: Tensor, logits_TX: Tensor) -> Tensor:
+        """(T, K) ids by the family's rule; columns past E are new experts, in no group."""
+        rule, num_frozen = self.rule, self.num_frozen
+        choice_TX = logits_TX if rule.score == "topk_softmax" else prob_TX
+        choice_TX = choice_TX.detach()
+        if self.correction_bias is not None:
+            width = choice_TX.shape[1] - num_frozen
+            choice_TX = choice_TX + F.pad(self.correction_bias, (0, width))
+        if rule.num_groups > 1:
+            frozen_TE, new_TN = choice_TX.split([num_frozen, choice_TX.shape[1] - num_frozen], 1)
+            grouped = frozen_TE.reshape(frozen_TE.shape[0], rule.num_groups, -1)
+            if rule.group_score == "max":
+                score_TG = grouped.amax(-1)
+            else:
+                score_TG = grouped.topk(2, dim=-1).values.sum(-1)
+            kept = score_TG.topk(rule.groups_kept, dim=-1).indices
+            keeps_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(1, kept, True)
+            frozen_TE = torch.where(keeps_TG.unsqueeze(-1), grouped, rule.masked_score).flatten(1)
+            choice_TX = torch.cat([frozen_TE, new_TN], 1)
+        return choice_TX.topk(rule.top_k, dim=-1).indices
+
+    def _extended(self, x_TD, logits_TE, context, layer_index, earlier) -> Routing:
+        """Base routing for tokens that may choose no new expert, extended routing for the others."""
+        rule, num_frozen = self.rule, self.num_frozen
+        prob_TE = _probabilities(rule, logits_TE)
+        valid_T = context.valid_T
+        base_TK = earlier.base_expert_TK if earlier else self._choose(prob_TE, logits_TE)
+        base_weight_TK = _weights(rule, prob_TE, prob_TE, logits_TE, base_TK)
+
+        blocks, shared, first = [], [], num_frozen
+        extended_T = torch.zeros_like(valid_T)
+        for rows in self.rows.values():
+            allowed_T = context.allowed_T(rows.scope, rows.modalities)
+            extended_T = extended_T | allowed_T
+            block = rows.logits(x_TD).masked_fill(~allowed_T.unsqueeze(1), float("-inf"))
+            shared += [(source, first + i) for i, source in enumerate(rows.shared_with)]
+            first += block.shape[1]
+            blocks.append(block)
+        logits_TX = torch.cat([logits_TE, *blocks], 1)
+        routed_TX, shared_share = _merge_shared(logits_TX, shared)
+        prob_TX = _probabilities(rule, routed_TX)
+        chosen_TS = self._choose(prob_TX, routed_TX)
+        prob_TX, chosen_TS = _split_shared(prob_TX, chosen_TS, shared, shared_share)
+
+        pad_S = chosen_TS.shape[1] - base_TK.shape[1]
+        base_TS = F.pad(base_TK, (0, pad_S), value=NO_EXPERT)
+        expert_TS = torch.where(extended_T.unsqueeze(1), chosen_TS, base_TS)
+        expert_TS = expert_TS.masked_fill(~valid_T.unsqueeze(1), NO_EXPERT)
+        if earlier is not None:
+            expert_TS = earlier.expert_TS
+        else:
+            record = LayerRecord(expert_TS, first, base_expert_TK=base_TK)
+            self._record_losses(record, prob_TX, logits_TX, extended_T & valid_T, context)
+            context.records[layer_index] = record
+
+        calibrated_TX = self._calibrate(prob_TX, context)
+        weight_TS = _weights(rule, prob_TX, calibrated_TX, logits_TX, expert_TS)
+        base_weight_TS = F.pad(base_weight_TK, (0, pad_S))
+        weight_TS = torch.where(extended_T.unsqueeze(1), weight_TS, base_weight_TS)
+        return Routing(expert_TS, weight_TS.masked_fill(expert_TS < 0, 0.0))
+
+    def _calibrate(self, prob_TX: Tensor, context: RoutingContext) -> Tensor:
+        """(T, X): each extension corrects the columns that it was trained with: frozen and its own.
+
+        The probabilities it sees are those of these columns alone, so that an extension loaded
+        beside another one sees what it saw in training.
+        """
+        total_TX, first = prob_TX, self.num_frozen
+        for rows in self.rows.values():
+            width = rows.weight.shape[0]
+            if rows.calibration is not None:
+                own = slice(first, first + width)
+                seen = torch.cat([prob_TX[:, : self.num_frozen], prob_TX[:, own]], 1)
+                if len(self.rows) > 1 and self.rule.score == "softmax":
+                    seen = seen / seen.sum(1, keepdim=True).clamp_min(1e-20)
+                allowed_T = context.allowed_T(rows.scope, rows.modalities)
+                change = rows.calibration(seen) * allowed_T.unsqueeze(1)
+                frozen, new = change.split([self.num_frozen, width], 1)
+                right = prob_TX.shape[1] - first - width
+                left = first - self.num_frozen
+                total_TX = total_TX + torch.cat([frozen, F.pad(new, (left, right))], 1)
+            first += width
+        return total_TX
+
+    def _record_losses(self, record, prob_TX, logits_TX, counted_T, context) -> None:
+        if not context.with_losses:
+            return
+        record.counted_T = counted_T
+        record.prob_sum_X = prob_TX[counted_T].sum(0)
+        record.z_sum = logits_TX[counted_T].logsumexp(-1).square().sum()
+
+
+def _probabilities(rule: RoutingRule, logits_TX: Tensor) -> Tensor:
+    return logits_TX.sigmoid() if rule.score == "sigmoid" else logits_TX.softmax(-1)
+
+
+def _weights(rule, prob_TX, calibrated_TX, logits_TX, expert_TS) -> Tensor:
+    """(T, S) fp32 weights of the chosen experts.
+
+    Calibration can push a sum to zero or below. The divisor is therefore never less than half of
+    the uncalibrated sum: the identity while calibration is small, at most doubling after.
+    """
+    slot_TS = expert_TS.clamp(min=0)
+    empty_TS = expert_TS < 0
+    chosen_TS = prob_TX.gather(1, slot_TS).masked_fill(empty_TS, 0.0)
+    if calibrated_TX is prob_TX and rule.score == "topk_softmax":
+        chosen_logits = logits_TX.gather(1, slot_TS).masked_fill(empty_TS, float("-inf"))
+        return chosen_logits.softmax(-1).nan_to_num(0.0) * rule.scale
+    weight_TS = calibrated_TX.gather(1, slot_TS).masked_fill(empty_TS, 0.0)
+    if rule.renormalise or rule.score == "topk_softmax":
+        floor = 0.5 * chosen_TS.sum(1, keepdim=True)
+        total = torch.maximum(weight_TS.sum(1, keepdim=True), floor)
+        weight_TS = weight_TS / (total + rule.eps).clamp_min(1e-20)
+    return weight_TS * rule.scale
+
+
+def _merge_shared(logits_TX: Tensor, shared: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+    """Logits in which a clone and its source compete as one, and the clone's share of the pair.
+
+    The pair's logit is the mean in probability, logaddexp - log 2: equal rows leave it unchanged,
+    so step 0 is the base's function; a row that grows makes the pair likelier.
+    """
+    if not shared:
+        return logits_TX, None
+    sources, clones = (list(ids) for ids in zip(*shared, strict=True))
+    source_TC, clone_TC = logits_TX[:, sources], logits_TX[:, clones]
+    pair_TC = torch.logaddexp(source_TC, clone_TC) - torch.log(source_TC.new_tensor(2.0))
+    # where the clone is not allowed its logit is -inf and the pair is the source alone
+    alone_TC = clone_TC.isneginf()
+    pair_TC = torch.where(alone_TC, source_TC, pair_TC)
+    merged = logits_TX.clone()
+    merged[:, sources] = pair_TC
+    merged[:, clones] = float("-inf")
+    share_TC = torch.sigmoid(torch.where(alone_TC, -1e4, clone_TC - source_TC))
+    return merged, share_TC
+
+
+def _split_shared(prob_TX, chosen_TK, shared, share_TC) -> tuple[Tensor, Tensor]:
+    """Probabilities with every pair's divided between source and clone, and the clones' own slots."""
+    if not shared:
+        return prob_TX, chosen_TK
+    sources, clones = (list(ids) for ids in zip(*shared, strict=True))
+    pair_TC = prob_TX[:, sources]
+    split = prob_TX.clone()
+    split[:, clones] = pair_TC * share_TC
+    split[:, sources] = pair_TC * (1 - share_TC)
+    source_C = chosen_TK.new_tensor(sources)
+    clone_C = chosen_TK.new_tensor(clones)
+    picked_TC = (chosen_TK.unsqueeze(2) == source_C).any(1)
+    clone_TC = torch.where(picked_TC, clone_C, NO_EXPERT)
+    return split, torch.cat([chosen_TK, clone_TC], 1)
