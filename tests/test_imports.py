@@ -37,6 +37,8 @@ HOMES: dict[str, set[str]] = {
         "model/families.py",
         "model/extend.py",
         "model/upcycle.py",
+        "model/gguf.py",
+        "model/specialise.py",
         "model/encoders.py",
         "model/export.py",
         "data/samples.py",

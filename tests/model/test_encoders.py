@@ -80,7 +80,8 @@ def test_tokens_are_means_of_the_grid_in_reading_order_and_chunks_do_not_mix(tmp
     encoder = build_encoder("efficientnet_lite0", str(tmp_path / "weights.pth"), 128, 4)
     pixels = torch.randn(11, 3, 128, 128)  # more than one chunk
     out = encoder(pixels)
-    assert out.shape == (11, 4, 1280) and not out.requires_grad
+    assert out.shape == (11, 4, 1280)
+    assert not out.requires_grad
     grid = encoder.network(pixels[10:])[0]
     expected = torch.stack(
         [grid[:, i : i + 2, j : j + 2].mean((1, 2)) for i in (0, 2) for j in (0, 2)]
@@ -112,7 +113,8 @@ def test_preprocess_pads_on_white_and_survives_pickling():
     tall = Image.new("RGBA", (2, 4), (0, 0, 0, 0))
     tall.putpixel((0, 0), (255, 0, 0, 255))
     pixels = preprocess(tall.resize((4, 8), Image.Resampling.NEAREST))
-    assert pixels.shape == (3, 8, 8) and pixels.dtype == torch.float32
+    assert pixels.shape == (3, 8, 8)
+    assert pixels.dtype == torch.float32
     white, black = (255 - 127) / 128, (0 - 127) / 128
     assert pixels[:, :, 0].unique().tolist() == [white]  # padding
     assert pixels[:, 7, 4].unique().tolist() == [white]  # transparent
@@ -132,11 +134,16 @@ def save_tower(folder, kind: str, whole: bool) -> nn.Module:
         SiglipVisionModel,
     )
 
-    vision = dict(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-        image_size=24, patch_size=6,
-    )  # fmt: skip
-    text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": 24, "patch_size": 6,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     configs, models = (CLIPConfig, SiglipConfig), (CLIPModel, SiglipModel)
     towers = (CLIPVisionModel, SiglipVisionModel)
     index = ("clip", "siglip").index(kind)
@@ -167,7 +174,8 @@ def test_vision_tower_gives_its_own_hidden_state(tmp_path, kind, whole):
         states = tower(pixel_values=pixels, output_hidden_states=True).hidden_states
     assert len(states) == 4
     patches = states[2][:, 1:] if kind == "clip" else states[2]
-    assert patches.shape == (2, 16, 16) and patches.std() > 0.01
+    assert patches.shape == (2, 16, 16)
+    assert patches.std() > 0.01
     torch.testing.assert_close(encoder(pixels), patches)
     pixel = encoder.preprocess(Image.new("RGB", (24, 24), (255, 0, 51)))[:, 3, 3]
     assert pixel.tolist() == pytest.approx(
