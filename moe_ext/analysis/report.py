@@ -1,0 +1,348 @@
+"""`report.html`: a run on one page, made from the files of its folder alone, needing no other file."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from moe_ext.analysis import charts, page
+from moe_ext.analysis.run_folder import Run, load_run
+from moe_ext.analysis.summary import SPLITS, peak_memory, stage_cells, summarise, write_summary
+
+FROZEN, NEW, QUIET = "var(--frozen)", "var(--new)", "var(--soft)"
+
+
+def write_report(folder: Path | str) -> Path:
+    """Writes report.html and summary.json into the run folder; the path of the report."""
+    run = load_run(folder)
+    write_summary(run)
+    path = run.folder / "report.html"
+    path.write_text(report(run), encoding="utf-8")
+    return path
+
+
+def report(run: Run) -> str:
+    """The page as HTML. Sections whose files are missing are left out."""
+    summary = summarise(run)
+    sections = (
+        _header(run, summary),
+        _captions(run, summary),
+        _gallery(run),
+        _text(summary),
+        _losses(run),
+        _probe(run),
+        _experts(run),
+        _stages(run, summary),
+        _footer(run),
+    )
+    return page.page(f"{run.name} · moe_ext", "\n".join(part for part in sections if part))
+
+
+def _header(run: Run, summary: dict[str, Any]) -> str:
+    extension = run.config.get("extension", {}).get("name", "vision")
+    chosen = [layer["layer"] for layer in run.probe.get("layers", []) if layer.get("chosen")]
+    added = sum(plan["num_new"] for plan in run.probe.get("plans", []))
+    facts = "Everything pretrained stayed frozen."
+    if chosen:
+        facts += (
+            f" The probe chose <strong>{len(chosen)} of {len(run.probe['layers'])} sparse layers</strong>,"
+            f" and training added <strong>{added} expert{'s' if added != 1 else ''}</strong> there, with their"
+            " router rows and a connector for the frozen encoder's features."
+        )
+    return (
+        f'<header><div class="kicker">moe_ext &nbsp;/&nbsp; <b>{escape(run.name)}</b></div>'
+        f"<h1>{_headline(extension)}</h1>"
+        f'<p class="lead">{facts}</p>{page.grid("cards", _cards(run, summary))}</header>'
+    )
+
+
+def _headline(extension: str) -> str:
+    if extension == "vision":
+        return "A pretrained mixture of experts learned to see"
+    return f"A pretrained mixture of experts learned “{escape(extension)}”"
+
+
+def _cards(run: Run, summary: dict[str, Any]) -> list[str]:
+    cards = []
+    if held := summary.get("heldout"):
+        count = held["candidates"]
+        note = f"of {count} held-out captions for an image; chance {_percent(1 / count)}"
+        cards.append(page.card("retrieval@1", _percent(held["retrieval_at_1"]), note, "new"))
+        gap = held["nll_wrong"] - held["nll_right"]
+        note = f"nats a caption: {held['nll_right']:.1f} with the right image, {held['nll_wrong']:.1f} with a wrong one"
+        cards.append(page.card("worth of the image", f"{gap:.1f} <small>nats</small>", note, "new"))
+    if (text := summary.get("text")) and "unchanged" in text:
+        change = 100 * (text["nll_after"] / text["nll_before"] - 1)
+        if text["unchanged"]:
+            note = f"{text['nll_after']:.4f} nats a token before and after; logits bit for bit the base’s"
+            cards.append(
+                page.card("text loss", '<span class="word">unchanged</span>', note, "good")
+            )
+        else:
+            note = f"{text['nll_before']:.4f} → {text['nll_after']:.4f} nats a token"
+            cards.append(page.card("text loss", f"{change:+.2f} <small>%</small>", note, "bad"))
+    trained = [s for s in run.stages if s.get("trainable_parameters") and s.get("total_parameters")]
+    if trained:
+        last = trained[-1]
+        count, total = last["trainable_parameters"], last["total_parameters"]
+        note = f"{_percent(count / total)} of {total / 1e6:,.0f} M parameters"
+        cards.append(page.card("trained", f"{count / 1e6:.1f} <small>M</small>", note, "frozen"))
+    if run.stages:
+        memory = peak_memory(run)
+        ranks = (
+            f", {max(memory) / 2**30:.1f} GiB a rank at most, {len(memory)} ranks" if memory else ""
+        )
+        minutes = f"{summary['training_minutes']:.1f} <small>min</small>"
+        cards.append(page.card("time", minutes, f"all stages together{ranks}", "frozen"))
+    return cards
+
+
+def _captions(run: Run, summary: dict[str, Any]) -> str:
+    splits = [split for split in SPLITS if split in summary]
+    if not splits:
+        return ""
+    rows, tones = [], []
+    for split in splits:
+        flat, full = summary[split], run.evaluation[split]
+        for direction, key in (
+            ("image → caption", "image_to_caption"),
+            ("caption → image", "caption_to_image"),
+        ):
+            r = full[key]
+            rows.append(
+                [f"{SPLITS[split]}, {direction}", _with_error(r, "at_1"), _with_error(r, "at_5")]
+            )
+            tones.append("strong" if key == "image_to_caption" else "")
+        if neighbour := full.get("nearest_neighbour"):
+            name = "&emsp;look-up: caption of the encoder’s nearest training image"
+            rows.append([name, _percent(neighbour["at_1"]), _percent(neighbour["at_5"])])
+            tones.append("quiet")
+        if alone := run.evaluation.get(f"{split}_connector_only"):
+            r = alone["image_to_caption"]
+            rows.append(
+                [
+                    "&emsp;connector alone, no new experts",
+                    _with_error(r, "at_1"),
+                    _with_error(r, "at_5"),
+                ]
+            )
+            tones.append("quiet")
+        count = flat["candidates"]
+        rows.append(["&emsp;chance", _percent(1 / count), _percent(5 / count)])
+        tones.append("quiet")
+    bars, nats = _caption_bars(run, summary, splits)
+    matrix = run.evaluation[splits[0]].get("score_IC")
+    figures = [
+        page.stack(
+            [page.panel("retrieval@1, image → caption", bars), page.panel("nats a caption", nats)]
+        )
+    ]
+    if matrix:
+        note = (
+            f'<p class="note">Row: held-out image. Column: caption. Strong: the model finds the caption likely for'
+            f" the image. The diagonal is right. Score: {escape(run.evaluation[splits[0]]['score'])}.</p>"
+        )
+        figures.insert(
+            0,
+            page.panel(
+                "every image with every caption", charts.matrix_image(matrix, (240, 122, 28)), note
+            ),
+        )
+    lead = (
+        f"The model scores {summary[splits[0]]['candidates']} candidate captions for each image (and images for each"
+        " caption); none of these pictures was in training, and for “concepts” no skin-tone or gender sibling was either."
+    )
+    table = page.panel("", page.table(["retrieval", "@1", "@5"], rows, tones))
+    return page.section(
+        "Held-out captions", lead, page.stack([page.grid("beside", figures), table])
+    )
+
+
+def _caption_bars(run: Run, summary: dict[str, Any], splits: list[str]) -> tuple[str, str]:
+    """Charts of retrieval@1 beside its references, and of nats a caption with right and wrong images."""
+    bars, nats = [], []
+    high = max(summary[split]["nll_wrong"] for split in splits)
+    for split in splits:
+        flat, short = summary[split], SPLITS[split].removeprefix("held-out ")
+        bars.append(charts.Bar(short, flat["retrieval_at_1"], flat["retrieval_at_1_error"], NEW))
+        if "nearest_neighbour_at_1" in flat:
+            bars.append(charts.Bar("look-up", flat["nearest_neighbour_at_1"], 0, QUIET))
+        bars.append(charts.Bar("chance", 1 / flat["candidates"], 0, QUIET))
+        nats.append(charts.Bar(f"{short}, right image", flat["nll_right"], 0, NEW))
+        nats.append(charts.Bar(f"{short}, wrong image", flat["nll_wrong"], 0, QUIET))
+    return charts.row_chart(bars), charts.row_chart(nats, high=high, unit="")
+
+
+def _gallery(run: Run) -> str:
+    shots = run.evaluation.get("gallery", [])
+    if not shots:
+        return ""
+    figures = []
+    for shot in shots:
+        marks = page.badge("✓ exact", "good") if shot["exact"] else ""
+        if not shot["exact"] and shot.get("rank"):
+            marks = f'<span class="note">true caption ranked {shot["rank"]}</span>'
+        figures.append(
+            f'<figure class="shot{" exact" if shot["exact"] else ""}">'
+            f'<img alt="{escape(shot["truth"])}" src="data:image/png;base64,{shot["image"]}">'
+            f'<figcaption><div class="written">{escape(shot["written"]) or "(nothing)"}</div>'
+            f'<div class="truth">{escape(shot["truth"])}</div><div class="rank">{marks}</div></figcaption></figure>'
+        )
+    counts = [
+        f"{run.evaluation[s]['exact_captions']} of {run.evaluation[s]['captions_written']} {name} word for word"
+        for s, name in SPLITS.items()
+        if "exact_captions" in run.evaluation.get(s, {})
+    ]
+    lead = (
+        "Held-out images. In bold what the model wrote, greedily; below it the true name."
+        + (f" It named {' and '.join(counts)}." if counts else "")
+    )  # fmt: skip
+    return page.section("What it writes", lead, f'<div class="gallery">{"".join(figures)}</div>')
+
+
+def _text(summary: dict[str, Any]) -> str:
+    text = summary.get("text")
+    if not text or "nll_before" not in text:
+        return ""
+    base = text["nll_before"]
+    names = {
+        "before": "base, before training",
+        "after": "trained model",
+        "joint": "trained model, new experts open to text (<code>extension.scope=joint</code>)",
+    }
+    rows = []
+    for which, name in names.items():
+        if f"nll_{which}" not in text:
+            continue
+        nll, digest = text[f"nll_{which}"], text[f"logits_sha256_{which}"]
+        verdict = ""
+        if which != "before":
+            same = digest == text["logits_sha256_before"]
+            wrong = "plain" if which == "joint" else "bad"
+            verdict = page.badge("identical", "good") if same else page.badge("differs", wrong)
+        rows.append(
+            [name, f"{nll:.5f}", f"{nll - base:+.5f}", f"<code>{digest[:24]}…</code> {verdict}"]
+        )
+    head = ["held-out text", "nats a token", "against the base", "SHA-256 of all logits"]
+    lead = (
+        "Python’s own documentation, never trained on. A sequence without an image takes the base’s own path, so its"
+        " logits are compared by hash, not by eye. The last row opens the new experts to every token instead."
+    )
+    return page.section(
+        "Text is untouched" if text.get("unchanged") else "Text",
+        lead,
+        page.panel("", page.table(head, rows)),
+    )
+
+
+def _losses(run: Run) -> str:
+    tokens: list[str] = []
+    others: list[str] = []
+    for stage, records in run.steps.items():
+        names = list(dict.fromkeys(name for record in records for name in record.get("loss", {})))
+        for name in names:
+            points = [(r["step"], r["loss"][name]) for r in records if name in r.get("loss", {})]
+            regular = name.startswith(("balance", "z"))
+            x, y = zip(*points, strict=True)
+            line = charts.Line(name, x, y, QUIET if regular else NEW)
+            if any(line.y):
+                chart = page.panel(
+                    f"{stage}: {name} loss", charts.line_chart([line], "step", 360, 220)
+                )
+                (others if regular else tokens).append(chart)
+    if not tokens + others:
+        return ""
+    lead = "Caption loss in nats a target token; a balance loss of 1 is an even load. Faint: each step. Bold: moving average."
+    rows = [page.grid("three", group) for group in (tokens, others) if group]
+    return page.section("Training", lead, page.stack(rows))
+
+
+def _probe(run: Run) -> str:
+    layers = run.probe.get("layers", [])
+    if not layers:
+        return ""
+    plans = {plan["layer"]: plan for plan in run.probe.get("plans", [])}
+    bars = [
+        charts.Bar(str(layer["layer"]), layer["shift"], 0, NEW if layer["chosen"] else FROZEN,
+                   "chosen" if layer["chosen"] else "")
+        for layer in layers
+    ]  # fmt: skip
+    rows = []
+    for layer in layers:
+        if (plan := plans.get(layer["layer"])) is None:
+            continue
+        step0 = plan.get("step0", {})
+        rows.append([
+            f"layer {layer['layer']}", f"{layer['shift']:.4f}",
+            ", ".join(str(e) for e in plan["sources"]), str(layer["source_before"]),
+            ", ".join(f"{b:+.3f}" for b in plan["bias"]),
+            *(_percent(step0[name]) if name in step0 else "" for name in ("affected_share", "evicted_share", "new_share")),
+        ])  # fmt: skip
+    head = ["chosen layer", "shift", "source expert", "most selected before", "row bias",
+            "tokens affected at step 0", "first choices evicted", "selections by new experts"]  # fmt: skip
+    lead = (
+        f"Only router differences were trained, then discarded. Shift: standard deviation over experts of the change in"
+        f" selection share on {run.probe.get('samples', 0):,} held-out samples’ image tokens. The top"
+        f" {_percent(run.probe.get('layer_share', 0.5), 0)} of the sparse layers get new experts, each a clone of the"
+        " expert most selected after the router’s training."
+    )
+    marks = page.legend([(NEW, "chosen"), (FROZEN, "left as it is")])
+    chart = page.panel("", marks, charts.column_chart(bars, "decoder layer"))
+    parts = [chart, page.panel("", page.table(head, rows))] if rows else [chart]
+    return page.section("Which layers the probe chose", lead, page.stack(parts))
+
+
+def _experts(run: Run) -> str:
+    trained = run.evaluation.get("experts", {}).get("trained")
+    if not trained or not trained["layers"]:
+        return ""
+    layers = trained["layers"]
+    panels = []
+    for group in dict.fromkeys(name for layer in layers for name in layer["count"]):
+        shares = []
+        for layer in layers:
+            count = layer["count"].get(group, [])
+            shares.append([c / (sum(count) or 1) for c in count])
+        names = [str(layer["layer"]) for layer in layers]
+        heat = charts.heatmap(shares, names, [layer["num_frozen"] for layer in layers])
+        panels.append(page.panel(group, heat))
+    lead = (
+        "Percent of a layer’s selections that each expert gets, after training. Rows are decoder layers, columns"
+        " experts; new experts stand last."
+    )
+    marks = page.legend([(FROZEN, "pretrained, frozen"), (NEW, "new")])
+    return page.section("Who does the work", lead, marks, page.grid("three", panels))
+
+
+def _stages(run: Run, summary: dict[str, Any]) -> str:
+    if not run.stages:
+        return ""
+    rows = [[f"<b>{escape(cells[0])}</b>", *cells[1:]] for cells in map(stage_cells, run.stages)]
+    memory = peak_memory(run)
+    gib = f"{max(memory) / 2**30:.2f} GiB" if memory else ""
+    rows.append(["together", "", f"{summary['training_minutes']:.1f}", "", gib, ""])
+    head = ["stage", "steps", "minutes", "tokens/s", "peak memory a rank", "trainable parameters"]
+    lead = "Each stage builds a fresh engine and publishes its own checkpoint; the chain resumes where it stopped."
+    tones = [""] * len(run.stages) + ["strong"]
+    return page.section("Stages", lead, page.panel("", page.table(head, rows, tones)))
+
+
+def _footer(run: Run) -> str:
+    notes = [
+        "± is the standard error over candidates. Retrieval image → caption is length-fair: a caption’s score is its"
+        " log-likelihood with the image minus its mean over all candidate images.",
+    ]
+    if digest := run.probe.get("base_sha256"):
+        notes.append(f"Base <code>{escape(digest[:16])}</code>, seed {run.config.get('seed', 0)}.")
+    if run.config.get("data", {}).get("builtin") == "openmoji":
+        notes.append(
+            "Drawings: OpenMoji, the open-source emoji and icon project, licence CC BY-SA 4.0."
+        )
+    return "<footer>" + "".join(f"<p>{note}</p>" for note in notes) + "</footer>"
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f}\u202f%"
+
+
+def _with_error(result: dict[str, float], key: str) -> str:
+    return f"{_percent(result[key])} <small>± {100 * result[f'{key}_error']:.1f}</small>"
