@@ -148,3 +148,9 @@ def _sum_banks(
         y_TD = y_TD.index_add(0, token_U, rows_UD)
     assert y_TD is not None
     return y_TD
+
+
+def extended_layers(lm: nn.Module) -> dict[int, ExtendedMoE]:
+    """Decoder layer index -> its extended block, from the first layer to the last."""
+    found = {m.layer_index: m for m in lm.modules() if isinstance(m, ExtendedMoE)}
+    return dict(sorted(found.items()))
