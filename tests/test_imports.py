@@ -15,7 +15,8 @@ PACKAGE = ROOT / "moe_ext"
 # What each part may import of ours besides itself. Parts that are not named are commands: they may
 # import everything, and nothing but a command imports them.
 ARROWS: dict[str, set[str]] = {
-    "config": set(),
+    "config": {"config_check"},
+    "config_check": {"config"},
     "batch": set(),
     "model": {"config", "batch"},
     "data": {"config", "batch"},
