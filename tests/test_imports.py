@@ -36,7 +36,7 @@ HOMES: dict[str, set[str]] = {
     "omegaconf": {"config.py", "commands"},
     "transformers": {
         "model/families.py",
-        "model/extend.py",
+        "model/load.py",
         "model/upcycle.py",
         "model/gguf.py",
         "model/specialise.py",

@@ -1,0 +1,275 @@
+"""Load a pretrained MoE model: every rank reads the tensors it holds, and no others.
+
+The model is built on the meta device, its sparse blocks become `ExtendedMoE`, and only then is memory
+allocated: dense weights as frozen parameters, this rank's experts and the router rows as buffers.
+Tensors are copied out of the memory-mapped files one slice at a time, so that a rank's anonymous
+memory grows by what it holds and nothing else.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import initialization as hf_init
+
+from moe_ext.config import Placement
+from moe_ext.model.experts import Bank, FrozenBank
+from moe_ext.model.families import LAYER_PREFIX, Config, Family, family_of
+from moe_ext.model.files import Checkpoint
+from moe_ext.model.layouts import ExpertLayout, ExpertTensors
+from moe_ext.model.moe import ExtendedMoE
+from moe_ext.model.placement import owners
+from moe_ext.model.routing import ContextHolder, Router
+
+
+@dataclass
+class BaseInfo:
+    """Where a loaded model came from and what this rank holds of it; `lm.base_info`."""
+
+    path: Path
+    family: Family
+    ep_rank: int
+    ep_size: int
+    dtype: torch.dtype
+
+
+class BaseExperts:
+    """Reads single experts and router rows of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family, layers: list[int]):
+        self.checkpoint = checkpoint
+        self.layout = _layout_of(checkpoint, family, layers)
+
+    def read(self, layer: int, expert: int) -> ExpertTensors:
+        """One expert's numbers, as views of the mapped file."""
+        return self.layout.read(self.checkpoint, LAYER_PREFIX.format(layer=layer), expert)
+
+
+def _layout_of(checkpoint: Checkpoint, family: Family, layers: list[int]) -> ExpertLayout:
+    """The layout that this checkpoint uses, told by the keys of the first sparse layer."""
+    prefix = LAYER_PREFIX.format(layer=layers[0])
+    for layout in family.layouts:
+        if prefix + layout.key() in checkpoint:
+            return layout
+    tried = " nor ".join(repr(prefix + layout.key()) for layout in family.layouts)
+    raise ValueError(
+        f"base.path={checkpoint.path} has neither {tried}, so its experts are in a layout that this "
+        "architecture's row in moe_ext/model/families.py lacks"
+    )
+
+
+def load_base(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    ep_rank: int = 0,
+    ep_size: int = 1,
+    ep_group: Any = None,
+    frozen_placement: Placement = Placement.shard,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The pretrained model with `ExtendedMoE` blocks without new experts, frozen, in eval mode.
+
+    Equal to the Hugging Face model in what it computes. Reads this rank's share of the experts
+    only; `ep_group` is the process group of the `ep_size` ranks that share them.
+
+    Raises:
+        ValueError: unsupported architecture, a missing file or tensor, a wrong shape, or a
+            quantised checkpoint.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"base.path={path} has no config.json; give the folder of a Hugging Face model"
+        )
+    config = AutoConfig.from_pretrained(path)
+    family = family_of(config)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        raise ValueError(
+            f"base.path={path} is quantised ({quantised}); convert it to bf16 or fp32 safetensors first"
+        )
+    checkpoint = Checkpoint(path)
+    lm = _build_on_meta(config, dtype, attn_implementation)
+    info = BaseInfo(path, family, ep_rank, ep_size, dtype)
+    lm.base_info = info  # type: ignore[assignment]
+
+    device = torch.device(device)
+    holder = ContextHolder()
+    for index, layer in enumerate(lm.model.layers):
+        if not family.is_sparse(config, index):
+            continue
+        held = owners(family.num_experts(config), ep_size, frozen_placement)[ep_rank]
+        router, bank = _empty_bank(config, family, held, frozen_placement, dtype, device)
+        block = getattr(layer, family.block)
+        shared = family.shared(block)
+        extended = ExtendedMoE(
+            index, router, bank, shared, holder, ep_group, returns_tuple=family.returns_tuple
+        )
+        setattr(layer, family.block, extended)
+
+    _read_dense(lm, checkpoint, family, device)
+    _read_sparse(lm, checkpoint, family)
+    _rebuild_buffers(lm, device)
+    if (path / "generation_config.json").is_file():
+        lm.generation_config = GenerationConfig.from_pretrained(path)
+    return lm.requires_grad_(False).eval()
+
+
+def extended_layers(lm: nn.Module) -> dict[int, ExtendedMoE]:
+    """Decoder layer index -> its extended block, ascending; every sparse layer has one."""
+    found = [module for module in lm.modules() if isinstance(module, ExtendedMoE)]
+    return {block.layer_index: block for block in sorted(found, key=lambda b: b.layer_index)}
+
+
+def _build_on_meta(
+    config: Config, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    if getattr(config, "output_router_logits", False):
+        # Its auxiliary loss looks for router modules that are no longer there; ours is built by hand.
+        config.output_router_logits = False
+    with torch.device("meta"), hf_init.meta_device_safe_creation_ops():
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+
+
+def _empty_bank(
+    config: Config,
+    family: Family,
+    held: list[int],
+    placement: Placement,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Router, FrozenBank]:
+    """Router and bank of one layer, allocated on the device, not yet filled."""
+    num_experts, shape = family.num_experts(config), family.expert_shape(config)
+    keys = family.router
+    router = Router(
+        family.rule(config),
+        num_experts,
+        shape.hidden_dim,
+        dtype=torch.float32 if keys.fp32 else dtype,
+        device=device,
+        bias=bool(keys.bias),
+        correction_bias=bool(keys.correction_bias),
+    )
+    bank = FrozenBank(shape, held, num_experts, placement, dtype=dtype, device=device)
+    return router, bank
+
+
+def _fill(target: Tensor, value: Tensor, what: str) -> None:
+    """Copy, casting to the target's dtype and device."""
+    if target.shape != value.shape:
+        raise ValueError(
+            f"base.path: {what} has shape {tuple(value.shape)}, but config.json implies "
+            f"{tuple(target.shape)}; the two do not belong together"
+        )
+    target.copy_(value)
+
+
+@torch.no_grad()
+def _read_dense(
+    lm: PreTrainedModel, checkpoint: Checkpoint, family: Family, device: torch.device
+) -> None:
+    """Allocate and read every parameter and persistent buffer that is still on meta."""
+    key_of = {_module_name(key, family): key for key in checkpoint}
+    fp32_names = lm._keep_in_fp32_modules_strict or ()
+    done: dict[int, Tensor] = {}  # tied tensors are one object under several names
+    tensors: dict[str, Tensor] = dict(lm.named_parameters(remove_duplicate=False))
+    tensors |= {name: buffer for name, buffer in lm.named_buffers() if _is_persistent(lm, name)}
+    # A tied pair may be stored under either name: read the names that are there first.
+    for name in sorted(tensors, key=lambda name: name not in key_of):
+        empty = tensors[name]
+        if empty.device.type != "meta":
+            continue
+        if id(empty) not in done:
+            dtype = empty.dtype
+            if any(part in name for part in fp32_names) and dtype.is_floating_point:
+                dtype = torch.float32
+            value = torch.empty(empty.shape, dtype=dtype, device=device)
+            _fill(value, checkpoint.tensor(key_of.get(name, name)), name)
+            is_parameter = isinstance(empty, nn.Parameter)
+            done[id(empty)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+        owner, _, attribute = name.rpartition(".")
+        setattr(lm.get_submodule(owner), attribute, done[id(empty)])
+
+
+def _module_name(key: str, family: Family) -> str:
+    for pattern, replacement in family.renames:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _is_persistent(lm: nn.Module, name: str) -> bool:
+    owner, _, attribute = name.rpartition(".")
+    return attribute not in lm.get_submodule(owner)._non_persistent_buffers_set
+
+
+@torch.no_grad()
+def _read_sparse(lm: PreTrainedModel, checkpoint: Checkpoint, family: Family) -> None:
+    """Fill the routers and the experts held here, one expert at a time."""
+    blocks = extended_layers(lm)
+    experts = BaseExperts(checkpoint, family, list(blocks))
+    for index, block in blocks.items():
+        prefix = LAYER_PREFIX.format(layer=index)
+        router = block.router
+        for target, spellings in (
+            (router.frozen_weight, family.router.weight),
+            (router.frozen_bias, family.router.bias),
+            (router.correction_bias, family.router.correction_bias),
+        ):
+            if target is not None:
+                keys = [prefix + key for key in spellings]
+                key = next((key for key in keys if key in checkpoint), keys[0])
+                _fill(target, checkpoint.tensor(key).view(target.shape), key)
+        for slot, expert in enumerate(block.frozen.expert_ids):
+            fill_expert(block.frozen, slot, experts.read(index, expert), f"{prefix}expert {expert}")
+
+
+def fill_expert(bank: Bank, slot: int, weights: ExpertTensors, what: str) -> None:
+    """Copy one expert's numbers into entry `slot` of a bank."""
+    for name, target in views_of(bank, slot).items():
+        _fill(target, getattr(weights, name), f"{what} {name}")
+
+
+def views_of(bank: Bank, slot: int) -> dict[str, Tensor]:
+    """Field of `ExpertTensors` -> the view of entry `slot` of a bank that holds it."""
+    wide = bank.shape.intermediate_dim
+    gate_up = bank.gate_up[slot]
+    views = {"gate": gate_up[:wide], "up": gate_up[wide:], "down": bank.down[slot]}
+    if bank.gate_up_bias is not None and bank.down_bias is not None:
+        bias = bank.gate_up_bias[slot]
+        views |= {"gate_bias": bias[:wide], "up_bias": bias[wide:]}
+        views |= {"down_bias": bank.down_bias[slot]}
+    return views
+
+
+@torch.no_grad()
+def _rebuild_buffers(lm: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers does."""
+    for name, module in lm.named_modules():
+        if isinstance(module, ExtendedMoE):
+            continue
+        lost = {
+            key: buffer
+            for key, buffer in module.named_buffers(recurse=False)
+            if buffer.device.type == "meta"
+        }
+        if not lost:
+            continue
+        for key, buffer in lost.items():
+            value = torch.full_like(buffer, float("nan"), device=device)
+            module.register_buffer(key, value, persistent=False)
+        lm._init_weights(module)
+        left = [key for key in lost if module.get_buffer(key).isnan().any()]
+        if left:
+            raise ValueError(
+                f"the buffers {left} of {name or 'the model'} are in no checkpoint and transformers "
+                "does not say how to compute them; this architecture cannot be loaded"
+            )
