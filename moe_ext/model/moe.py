@@ -7,8 +7,8 @@ Shape letters: B sequences, S positions, T = B * S tokens, D hidden width, E fro
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from moe_ext.config import Placement
 from moe_ext.model.dispatch import Liveness, dispatch
@@ -34,7 +34,7 @@ class ExtendedMoE(nn.Module):
         frozen: FrozenBank,
         shared: nn.Module | None,
         holder: ContextHolder,
-        ep_group: dist.ProcessGroup | None = None,
+        ep_group: ProcessGroup | None = None,
         returns_tuple: bool = False,
     ):
         super().__init__()
@@ -87,7 +87,7 @@ class ExtendedMoE(nn.Module):
         A replicated expert's owner is NO_EXPERT: it is computed where its tokens are and never
         travels. What a rank holds of a bank is one contiguous run of logical ids.
         """
-        world = 1 if self.ep_group is None else dist.get_world_size(self.ep_group)
+        world = 1 if self.ep_group is None else self.ep_group.size()
         owner: list[int] = []
         for bank in self.banks:
             bank.first_held = len(owner) + (bank.expert_ids[0] if bank.expert_ids else 0)
