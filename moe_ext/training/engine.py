@@ -1,0 +1,352 @@
+"""The DeepSpeed engine around what trains: parameter groups, ZeRO-1/2, clipping.
+
+DeepSpeed is shown a module that registers the *trainable* parameters and nothing else. What is
+frozen is therefore neither broadcast from rank 0 (which would overwrite another rank's experts) nor
+cast, moved, reduced or saved by it; placing and casting the base is `load_base`'s work.
+
+New experts that are sharded over an expert-parallel group carry DeepSpeed's tags
+(`allreduce=False`, `group_name`), their gradients are summed over the ranks that hold the same
+experts. The engine looks for experts in modules of its own classes only, so a parameterless marker
+of such a class stands beside them, and every rank registers a tagged anchor of one element: a rank
+that holds no new expert would otherwise have no expert group, and the collectives would mispair.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_ext.training.topology import Topology, limit_waiting
+
+ANCHOR = "expert_anchor"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Numbers of the optimizer and of ZeRO."""
+
+    zero_stage: int
+    clip_norm: float
+    accumulation: int
+    sequences_per_rank: int
+    bf16: bool
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainableParameter:
+    """One parameter of this rank that a stage trains."""
+
+    name: str
+    parameter: nn.Parameter
+    part: str
+    """Name of the part it belongs to (connector, new_experts, ...): its optimizer group."""
+    sharded: bool = False
+    """Other ranks of the expert-parallel group hold other experts under this name."""
+
+
+class _Trained(nn.Module):
+    """The trainable parameters, for DeepSpeed to see; forward is the whole model's."""
+
+    def __init__(self, forward: Callable[..., Any], parameters: list[TrainableParameter]):
+        super().__init__()
+        self._forward_model = forward
+        for item in parameters:
+            self.register_parameter(item.name.replace(".", "/"), item.parameter)
+
+    def forward(self, *args: Any) -> Any:
+        return self._forward_model(*args)
+
+
+class Engine:
+    """A DeepSpeed engine for one stage.
+
+    Args:
+        forward: the model's forward; called by `__call__`.
+        trainable: what trains on this rank. Every rank names the same replicated parameters, in the
+            same order. Parameters without elements are left out.
+
+    Raises:
+        ValueError: nothing trains, or an impossible combination of settings.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        trainable: list[TrainableParameter],
+        settings: EngineSettings,
+        topology: Topology,
+    ):
+        import deepspeed
+
+        check_settings(settings)
+        if not trainable:
+            raise ValueError(
+                "nothing to train: the stage's `train` list names no parameter of this model"
+            )
+        self.settings, self.topology = settings, topology
+        self.trainable = [item for item in trainable if item.parameter.numel()]
+        self.has_sharded = any(item.sharded for item in trainable)
+        self.anchor: nn.Parameter | None = None
+        module = _Trained(forward, self.trainable)
+        if self.has_sharded:
+            self.anchor = nn.Parameter(torch.zeros(1, device=topology.device))
+            module.register_parameter(ANCHOR, self.anchor)
+            module.marker = expert_marker(topology)
+            for item in self.trainable:
+                if item.sharded:
+                    _tag(item.parameter, topology.ep_group_name)
+            _tag(self.anchor, topology.ep_group_name)
+        self.parts, groups = self._groups()
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=0.0,  # the loop sets it, as a function of the step
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(settings, self.num_elements()),
+        )
+        limit_waiting(topology.timeout_s)  # the engine made groups of its own
+        if settings.zero_stage == 0:
+            self._create_plain_state()
+        else:
+            self._create_partitioned_state()
+
+    def num_elements(self) -> int:
+        """Trainable elements that this rank holds, anchor included."""
+        return sum(p.numel() for p in self._all_parameters())
+
+    def _all_parameters(self) -> list[nn.Parameter]:
+        parameters = [item.parameter for item in self.trainable]
+        return parameters + ([self.anchor] if self.anchor is not None else [])
+
+    def _groups(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """One optimizer group a part, the same number and order on every rank."""
+        parts = list(dict.fromkeys(item.part for item in self.trainable if not item.sharded))
+        groups: list[dict[str, Any]] = [
+            {
+                "name": part,
+                "params": [i.parameter for i in self.trainable if i.part == part and not i.sharded],
+            }
+            for part in parts
+        ]
+        if self.anchor is not None:
+            experts = [item.parameter for item in self.trainable if item.sharded]
+            name = self.topology.ep_group_name
+            groups.append({"name": name, "moe": True, "params": [self.anchor, *experts]})
+            parts.append("new_experts")
+        return parts, groups
+
+    # ---- the optimizer's state -------------------------------------------------------------
+
+    @property
+    def adam(self) -> torch.optim.AdamW:
+        optimizer = self.deepspeed.optimizer
+        return optimizer if self.settings.zero_stage == 0 else optimizer.optimizer
+
+    def _create_plain_state(self) -> None:
+        for group in self.adam.param_groups:
+            for parameter in group["params"]:
+                self._create_state(parameter)
+
+    def _create_partitioned_state(self) -> None:
+        # By hand and now: a resume needs it before the first step, and DeepSpeed's own linking
+        # misses every group but the first (stage_1_and_2.py:852).
+        for flat in self.deepspeed.optimizer.single_partition_of_fp32_groups:
+            self._create_state(flat)
+
+    def _create_state(self, tensor: Tensor) -> None:
+        self.adam.state[tensor] = {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(tensor, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(tensor, memory_format=torch.preserve_format),
+        }
+
+    def fragments(self) -> dict[str, "Fragment"]:
+        """Parameter name -> the piece of its master weights and moments that this rank owns.
+
+        Under ZeRO the pieces of all ranks tile every parameter exactly once; without it the first
+        rank of each group of replicas owns everything.
+        """
+        result: dict[str, Fragment] = {}
+        if self.settings.zero_stage == 0:
+            for item in self.trainable:
+                first = self.topology.ep_size if item.sharded else 1
+                if self.topology.rank < first:
+                    master = item.parameter.detach().view(-1)
+                    state = self.adam.state[item.parameter]
+                    moments = [state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")]
+                    result[item.name] = Fragment(0, master, *moments, step=state["step"])
+            return result
+        names = {item.parameter: item.name for item in self.trainable}
+        zero = self.deepspeed.optimizer
+        for flat, parameters in zip(
+            zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True
+        ):
+            state = self.adam.state[flat]
+            for parameter in parameters:
+                if parameter not in names or parameter._hp_mapping is None:
+                    continue
+                held, low = (
+                    parameter._hp_mapping.hp_fragment_address,
+                    parameter._hp_mapping.lp_fragment_address,
+                )
+                pieces = [
+                    t.detach().narrow(0, held.start, held.numel)
+                    for t in (flat, state["exp_avg"], state["exp_avg_sq"])
+                ]
+                result[names[parameter]] = Fragment(low.start, *pieces, step=state["step"])
+        return result
+
+    @torch.no_grad()
+    def publish_masters(self) -> None:
+        """Bring the model's weights up to the masters after these were written to. A collective."""
+        if self.settings.zero_stage > 0:
+            self.deepspeed.optimizer.update_lp_params()
+        elif self.topology.world_size > 1:
+            for item in self.trainable:
+                if not item.sharded:
+                    dist.broadcast(item.parameter.data, 0)
+
+    # ---- stepping --------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        return self.deepspeed(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradient of one micro-batch; the last one of a step reduces over the ranks.
+
+        `loss` is this rank's share of the step's loss: the shares of all ranks and micro-batches
+        sum to the loss whose gradient the optimizer takes.
+        """
+        # DeepSpeed divides by the accumulation steps here and by the world size when it reduces.
+        loss = loss * (self.topology.world_size * self.settings.accumulation)
+        if self.anchor is not None:
+            loss = loss + 0.0 * self.anchor.sum()  # a gradient of zero, on every rank
+        self.deepspeed.backward(loss)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # only counts the micro-batch
+
+    def part_norms(self) -> dict[str, float]:
+        """Gradient norm of every part, before clipping. A collective, between backward and step."""
+        groups = range(len(self.parts))
+        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=self.topology.device)
+        if self.settings.zero_stage == 0:
+            for index in groups:
+                for p in self.adam.param_groups[index]["params"]:
+                    if p.grad is not None:
+                        squares[index] += p.grad.double().square().sum()
+            return dict(zip(self.parts, squares.sqrt().tolist(), strict=True))
+        for index in groups:
+            for gradient in self.deepspeed.optimizer.averaged_gradients[index] or []:
+                squares[index] += gradient.double().square().sum()
+        dist.all_reduce(squares)
+        return dict(zip(self.parts, squares.sqrt().tolist(), strict=True))
+
+    def step(self, learning_rate: float) -> tuple[bool, float]:
+        """One optimizer step: whether it was taken, and the gradient's norm before clipping.
+
+        A gradient with a value that is not finite is dropped, on all ranks alike.
+        """
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        skipped = self.deepspeed.skipped_steps
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        return self.deepspeed.skipped_steps == skipped, float("nan") if norm is None else float(
+            norm
+        )
+
+    def destroy(self) -> None:
+        """Let go of the engine's memory; the parameters stay with the model."""
+        self.deepspeed.destroy()
+
+
+@dataclass
+class Fragment:
+    """A contiguous piece of one parameter's optimizer state, as flat fp32 views."""
+
+    start: int
+    """First element, counted in the flattened parameter."""
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    """() fp32: steps that Adam has taken."""
+
+
+def check_settings(settings: EngineSettings) -> None:
+    """Refuse what DeepSpeed would accept and do wrong."""
+    if settings.zero_stage not in (0, 1, 2):
+        raise ValueError(f"parallel.zero_stage={settings.zero_stage} must be 0, 1 or 2")
+    if settings.zero_stage == 0 and settings.clip_norm > 0:
+        raise ValueError(
+            f"parallel.zero_stage=0 with optim.clip_norm={settings.clip_norm}: DeepSpeed clips by a wrong "
+            "norm there; use parallel.zero_stage=1 or optim.clip_norm=0"
+        )
+    if settings.zero_stage == 0 and settings.bf16:
+        raise ValueError(
+            "parallel.zero_stage=0 with parallel.precision=bf16 keeps no fp32 weights that a checkpoint "
+            "could hold; use parallel.zero_stage=1"
+        )
+
+
+def deepspeed_config(settings: EngineSettings, num_elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration; `num_elements` bounds the buckets, which it allocates in full."""
+    bucket = max(2, min(50_000_000, num_elements + num_elements % 2))
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.sequences_per_rank,
+        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_clipping": settings.clip_norm,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+        },
+    }
+    if settings.bf16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return config
+
+
+def expert_marker(topology: Topology) -> nn.Module:
+    """A parameterless module that makes DeepSpeed's engine set up its expert groups.
+
+    Its class is AutoEPMoELayer, of which only `nn.Module.__init__` runs. A stray
+    `engine.save_checkpoint` then fails with an AttributeError instead of losing every expert that
+    is not rank 0's.
+    """
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    class ExpertMarker(AutoEPMoELayer):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.ep_size, self.ep_group_name = topology.ep_size, topology.ep_group_name
+            self.num_experts = self.num_local_experts = topology.ep_size
+            self.deepep_scope = None
+
+        def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+            """The groups exist already: `topology.start` made them."""
+
+        def forward(self, *_: Any) -> Any:
+            raise AssertionError("the marker computes nothing")
+
+    return ExpertMarker()
+
+
+def _tag(parameter: nn.Parameter, group_name: str) -> None:
+    parameter.allreduce = False  # type: ignore[attr-defined]
+    parameter.group_name = group_name  # type: ignore[attr-defined]
