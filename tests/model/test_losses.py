@@ -1,0 +1,60 @@
+"""The balance loss and the z-loss against their definitions, on one rank and added up over ranks."""
+
+import torch
+
+from moe_ext.config import Scope
+from moe_ext.model.losses import balance_loss, selection_counts, z_loss
+from moe_ext.model.routing import RoutingContext, RoutingRule
+from tests.model.layers import DIM, Weights, build, sequences
+
+
+def record_of(layer, context: RoutingContext, hidden: torch.Tensor):
+    layer.holder.context = RoutingContext(context.modality_BS, context.segment_BS, with_losses=True)
+    layer(hidden)
+    return layer.holder.context.records[0]
+
+
+def test_even_load_is_one_and_collapse_is_the_number_of_experts():
+    even = torch.full((4,), 25.0)
+    counts = torch.tensor([50, 50, 50, 50, 100])
+    assert balance_loss(even, counts).item() == 1.0
+    collapsed = torch.tensor([100.0, 0.0, 0.0, 0.0])
+    assert balance_loss(collapsed, torch.tensor([200, 0, 0, 0, 100])).item() == 4.0
+
+
+def test_ranks_add_up_to_the_definition():
+    """Padding and tokens whose candidates were restricted are left out; counts are global."""
+    rule = RoutingRule(top_k=2)
+    layer = build(Weights(4, 1), rule, scope=Scope.preserve, calibration=False)
+    generator = torch.Generator().manual_seed(0)
+    contexts = [sequences(3, 9, seed=1), sequences(3, 9, seed=2, images=False)]
+    hidden = [torch.randn(3, 9, DIM, generator=generator) for _ in contexts]
+    records = [record_of(layer, c, h) for c, h in zip(contexts, hidden, strict=True)]
+    assert not records[1].counted_T.any(), "text alone is restricted to the frozen experts"
+    total = selection_counts(records[0]) + selection_counts(records[1])
+    parts = [balance_loss(r.prob_sum_X, total) for r in records]
+
+    rows = layer.router.rows["vision"]
+    share, mean, logsum, tokens = torch.zeros(5), torch.zeros(5), torch.zeros(()), 0
+    for context, x in zip(contexts, hidden, strict=True):
+        allowed = context.allowed_T(Scope.preserve, (1,)).view(3, 9)
+        for b, s in allowed.nonzero().tolist():
+            logits = torch.cat([layer.router.frozen_weight, rows.weight]) @ x[b, s]
+            logits[4] += rows.bias[0]
+            prob = logits.softmax(-1)
+            share[prob.topk(2).indices] += 1
+            mean += prob
+            logsum += logits.logsumexp(-1) ** 2
+            tokens += 1
+    expected = 5 * ((share / share.sum()) * (mean / tokens)).sum()
+    torch.testing.assert_close(sum(parts), expected)
+    torch.testing.assert_close(sum(z_loss(r.z_sum, total[-1]) for r in records), logsum / tokens)
+
+
+def test_no_counted_token_gives_zero_with_a_graph():
+    layer = build(Weights(4, 1), RoutingRule(top_k=2))
+    record = record_of(layer, sequences(2, 6, seed=3, images=False), torch.randn(2, 6, DIM))
+    loss = balance_loss(record.prob_sum_X, selection_counts(record))
+    assert loss.item() == 0.0
+    loss.backward()
+    assert layer.router.rows["vision"].weight.grad is not None
