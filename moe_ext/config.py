@@ -19,6 +19,8 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from moe_ext.config_launcher import LauncherConfig
+
 
 class Scope(Enum):
     """Which tokens may choose new experts."""
@@ -319,6 +321,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
 
 SCHEMA_NAME = "train_schema"

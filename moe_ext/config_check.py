@@ -15,6 +15,7 @@ from moe_ext.config import (
     Trainable,
     TrainConfig,
 )
+from moe_ext.config_launcher import check_launcher
 
 
 def check(config: TrainConfig) -> None:
@@ -34,6 +35,7 @@ def check(config: TrainConfig) -> None:
     _check_extension(config)
     _check_data(config)
     _check_optim_and_parallel(config)
+    check_launcher(config.launcher)
     _check_chain(config)
     for name in config.chain:
         _check_stage(name, config.stages[name], config)

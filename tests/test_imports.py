@@ -15,8 +15,9 @@ PACKAGE = ROOT / "moe_ext"
 # What each part may import of ours besides itself. Parts that are not named are commands: they may
 # import everything, and nothing but a command imports them.
 ARROWS: dict[str, set[str]] = {
-    "config": {"config_check"},
-    "config_check": {"config"},
+    "config": {"config_check", "config_launcher"},
+    "config_check": {"config", "config_launcher"},
+    "config_launcher": set(),
     "batch": set(),
     "model": {"config", "batch"},
     "data": {"config", "batch"},

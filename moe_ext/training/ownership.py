@@ -9,6 +9,7 @@ the rename that publishes).
 Written by rank 0 alone, each by one rename.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from moe_ext.analysis.run_folder import write_json
 
 OWNER_FILE = "owner.json"
 STATUS_FILE = "status.json"
@@ -40,25 +43,6 @@ class Status:
     """Seconds since the epoch when it was written."""
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Replace `path` by one rename, so that a reader sees the old content or the new, whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_status(
-    run_dir: Path, state: str, stage: str = "", step: int = 0, error: str = ""
-) -> None:
-    """Say how the run stands (rank 0)."""
-    status = Status(state, stage, step, error.strip().splitlines()[-1] if error.strip() else "")
-    status.time_s = time.time()
-    write_json(run_dir / STATUS_FILE, asdict(status))
-
-
 def read_status(run_dir: Path) -> Status | None:
     """The last status written, or None before the first."""
     try:
@@ -73,6 +57,17 @@ class Claim:
 
     run_dir: Path
     token: str
+
+    def write_status(self, state: str, stage: str = "", step: int = 0, error: str = "") -> None:
+        """Say how the run stands; of `error`, a traceback, the last line is kept.
+
+        A copy that no longer owns the folder writes nothing: what it met is not how the run stands.
+        """
+        lines = error.strip().splitlines()
+        status = Status(state, stage, step, lines[-1] if lines else "", time.time())
+        with contextlib.suppress(StaleRunError):
+            self.check()
+            write_json(self.run_dir / STATUS_FILE, asdict(status))
 
     def check(self) -> None:
         """Return only while this start owns the folder.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_ext.training.ownership import StaleRunError, claim, read_status, write_status
+from moe_ext.training.ownership import StaleRunError, claim, read_status
 from moe_ext.training.signals import StopFlag
 from tests.ranks import run_ranks
 
@@ -54,15 +54,16 @@ def test_the_newest_start_owns_the_folder(tmp_path: Path) -> None:
         first.check()
 
 
-def test_status_keeps_the_last_line_of_an_error(tmp_path: Path) -> None:
+def test_the_owner_says_how_the_run_stands_and_a_stale_copy_does_not(tmp_path: Path) -> None:
     assert read_status(tmp_path) is None
-    write_status(tmp_path, "failed", "tune", 7, "Traceback\n  line\nValueError: a reason\n")
+    stale, owner = claim(tmp_path), claim(tmp_path)
+    owner.write_status("running", "tune", 7)
+    stale.write_status("failed", "tune", 6, "Traceback\n  line\nRuntimeError: peer closed\n")
     status = read_status(tmp_path)
     assert status is not None
-    assert (status.state, status.stage, status.step, status.error) == (
-        "failed",
-        "tune",
-        7,
-        "ValueError: a reason",
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+    assert (status.state, status.stage, status.step, status.error) == ("running", "tune", 7, "")
+    owner.write_status("failed", "tune", 8, "Traceback\n  line\nValueError: a reason\n")
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.state, status.error) == ("failed", "ValueError: a reason")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["owner.json", "status.json"]
