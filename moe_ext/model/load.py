@@ -21,7 +21,7 @@ from moe_ext.model.experts import Bank, FrozenBank
 from moe_ext.model.families import LAYER_PREFIX, Config, Family, family_of
 from moe_ext.model.files import Checkpoint
 from moe_ext.model.layouts import ExpertLayout, ExpertTensors
-from moe_ext.model.moe import ExtendedMoE
+from moe_ext.model.moe import ExtendedMoE, extended_layers
 from moe_ext.model.placement import owners
 from moe_ext.model.routing import ContextHolder, Router
 
@@ -75,6 +75,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The pretrained model with `ExtendedMoE` blocks without new experts, frozen, in eval mode.
 
+    Its layers find the routing context in `lm.context_holder`; `lm.base_info` says what was loaded.
     Equal to the Hugging Face model in what it computes. Reads this rank's share of the experts
     only; `ep_group` is the process group of the `ep_size` ranks that share them.
 
@@ -96,11 +97,10 @@ def load_base(
         )
     checkpoint = Checkpoint(path)
     lm = _build_on_meta(config, dtype, attn_implementation)
-    info = BaseInfo(path, family, ep_rank, ep_size, dtype)
-    lm.base_info = info  # type: ignore[assignment]
+    lm.base_info = BaseInfo(path, family, ep_rank, ep_size, dtype)  # type: ignore[assignment]
 
     device = torch.device(device)
-    holder = ContextHolder()
+    holder = lm.context_holder = ContextHolder()  # type: ignore[assignment]
     for index, layer in enumerate(lm.model.layers):
         if not family.is_sparse(config, index):
             continue
@@ -119,12 +119,6 @@ def load_base(
     if (path / "generation_config.json").is_file():
         lm.generation_config = GenerationConfig.from_pretrained(path)
     return lm.requires_grad_(False).eval()
-
-
-def extended_layers(lm: nn.Module) -> dict[int, ExtendedMoE]:
-    """Decoder layer index -> its extended block, ascending; every sparse layer has one."""
-    found = [module for module in lm.modules() if isinstance(module, ExtendedMoE)]
-    return {block.layer_index: block for block in sorted(found, key=lambda b: b.layer_index)}
 
 
 def _build_on_meta(

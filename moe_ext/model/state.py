@@ -1,0 +1,93 @@
+"""An extension's tensors by keys that do not depend on ranks, other extensions or the base's names.
+
+`layers.{layer}.{extension}.experts.{expert}.gate_up`, `.down` and biases; `...rows.weight`,
+`...rows.bias`; `...calibration.w1`. `expert` counts the extension's own experts of that layer.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moe_ext.model.experts import Bank
+from moe_ext.model.moe import ExtendedMoE, extended_layers
+
+_BANK_TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias")
+
+
+def extension_state(lm: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of the extensions (all, or those of `names`) that this rank holds: live views.
+
+    A rank holds a sharded bank's own experts; rows, calibrations and replicated banks it holds all.
+    """
+    state = {}
+    for layer, block in extended_layers(lm).items():
+        for name in _present(block, names):
+            prefix = f"layers.{layer}.{name}"
+            bank = _bank(block, name)
+            for slot, expert in enumerate(bank.expert_ids):
+                for part in _BANK_TENSORS:
+                    if (tensor := getattr(bank, part)) is not None:
+                        state[f"{prefix}.experts.{expert}.{part}"] = tensor.detach()[slot]
+            for path, parameter in block.router.rows[name].named_parameters():
+                group = "" if path.startswith("calibration.") else "rows."
+                state[f"{prefix}.{group}{path}"] = parameter.detach()
+    return state
+
+
+def extension_keys(lm: nn.Module, names: Iterable[str] | None = None) -> set[str]:
+    """The keys of `extension_state` over all ranks of the expert-parallel group."""
+    keys = set()
+    for layer, block in extended_layers(lm).items():
+        for name in _present(block, names):
+            prefix = f"layers.{layer}.{name}"
+            bank = _bank(block, name)
+            parts = [part for part in _BANK_TENSORS if getattr(bank, part) is not None]
+            keys |= {
+                f"{prefix}.experts.{expert}.{part}"
+                for expert in range(bank.num_experts)
+                for part in parts
+            }
+            for path, _ in block.router.rows[name].named_parameters():
+                group = "" if path.startswith("calibration.") else "rows."
+                keys.add(f"{prefix}.{group}{path}")
+    return keys
+
+
+@torch.no_grad()
+def load_extension_state(
+    lm: nn.Module, state: Mapping[str, Tensor], names: Iterable[str] | None = None
+) -> None:
+    """Copy `state` into the extensions that the model has; experts held elsewhere are passed over.
+
+    Raises:
+        ValueError: a tensor is missing, has a wrong shape, or belongs to nothing in the model.
+    """
+    names = None if names is None else list(names)
+    own = extension_state(lm, names)
+    missing = sorted(own.keys() - state.keys())
+    unknown = sorted(state.keys() - extension_keys(lm, names))
+    if missing or unknown:
+        raise ValueError(
+            f"the extension's state does not fit the model: {len(missing)} tensors are missing "
+            f"({', '.join(missing[:3])}), {len(unknown)} are unknown ({', '.join(unknown[:3])}); "
+            "it was saved with other layers, other numbers of experts or another name"
+        )
+    for key, target in own.items():
+        value = state[key]
+        if value.shape != target.shape:
+            raise ValueError(
+                f"the extension's {key} has shape {tuple(value.shape)}, the model's "
+                f"{tuple(target.shape)}; it belongs to another base"
+            )
+        target.copy_(value)
+
+
+def _present(block: ExtendedMoE, names: Iterable[str] | None) -> list[str]:
+    return [name for name in block.new if names is None or name in names]
+
+
+def _bank(block: ExtendedMoE, name: str) -> Bank:
+    bank = block.new[name]
+    assert isinstance(bank, Bank)
+    return bank
