@@ -1,0 +1,42 @@
+"""Streams of real data: shards -> raw samples -> samples -> Batches. Usable without the rest.
+
+    from moe_ext.data import Loader, SampleBuilder, ShardStream
+
+    stream = ShardStream("shards/train.json", split="train", seed=0)
+    build = SampleBuilder(tokenizer, preprocess, tokens_per_item=9)
+    loader = Loader(stream, build, sequences_per_rank=8, num_workers=2)
+    for batch in loader: ...
+"""
+
+from .batches import BatchStream, Loader, TooManyBadSamples, collate, merge_states
+from .manifest import Manifest, ManifestError, Shard
+from .rows import Cursor, SingleRows
+from .samples import Sample, SampleBuilder
+from .shards import BadSample, ShardError, index_shards, write_shards
+from .sources import prepare_openmoji
+from .streams import MixedStream, ShardStream, open_streams
+from .texts import python_docs
+
+__all__ = [
+    "BadSample",
+    "BatchStream",
+    "Cursor",
+    "Loader",
+    "Manifest",
+    "ManifestError",
+    "MixedStream",
+    "Sample",
+    "SampleBuilder",
+    "Shard",
+    "ShardError",
+    "ShardStream",
+    "SingleRows",
+    "TooManyBadSamples",
+    "collate",
+    "index_shards",
+    "merge_states",
+    "open_streams",
+    "prepare_openmoji",
+    "python_docs",
+    "write_shards",
+]

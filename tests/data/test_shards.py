@@ -1,0 +1,137 @@
+"""Shards against tarfile and webdataset themselves; damage is named."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+
+from data.conftest import make_pairs, pair, png
+from moe_ext.data import BadSample, Manifest, ManifestError, ShardError, ShardStream, index_shards, write_shards
+from moe_ext.data.shards import ShardFiles, index_tar, parse_sample
+
+
+def test_every_indexed_sample_is_what_webdataset_reads(pairs):
+    manifest = Manifest.load(pairs)
+    urls = [manifest.url(s) for s in range(len(manifest.shards))]
+    theirs = webdataset.WebDataset(urls, shardshuffle=False)
+    files = ShardFiles(manifest)
+    count = 0
+    for number, sample in enumerate(theirs):
+        ours = files.read(number)
+        assert ours["__key__"] == sample["__key__"] and ours["png"] == sample["png"]
+        assert ours["json"] == sample["json"]
+        count += 1
+    assert count == manifest.num_samples == 60 and len(urls) == 9
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path):
+    a, b = (make_pairs(tmp_path / name, 10) for name in "ab")
+    assert [s.sha256 for s in Manifest.load(a).shards] == [s.sha256 for s in Manifest.load(b).shards]
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_splits(pairs):
+    manifest = Manifest.load(pairs)
+    assert manifest.select("heldout").tolist() == list(range(0, 60, 5))
+    assert len(manifest.select("all")) == 60 and len(manifest.select("train")) == 48
+    with pytest.raises(ManifestError, match="choose one of"):
+        manifest.select("test")
+
+
+def test_long_and_unusual_names_go_through(tmp_path):
+    """pax headers (names above 100 characters, not ASCII) are read by webdataset itself."""
+    path = tmp_path / "odd.tar"
+    names = ["a" * 150 + ".txt", "b/" + "\u00e9" * 40 + ".txt", "plain.txt"]
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(b"x" * len(name)))
+    manifest = Manifest.load(index_shards([str(path)], tmp_path / "odd.json"))
+    files = ShardFiles(manifest)
+    assert [files.read(i)["__key__"] for i in range(3)] == [n[:-4] for n in names]
+    assert [len(files.read(i)["txt"]) for i in range(3)] == [len(n) for n in names]
+
+
+def test_a_cut_tar_is_refused_by_the_index(pairs, tmp_path):
+    whole = open(Manifest.load(pairs).url(0), "rb").read()
+    ends_of_members = {e for _, offset, n in index_tar(Manifest.load(pairs).url(0)) for e in (offset + n,)}
+    for keep in (700, 1000, len(whole) // 2 // 512 * 512 + 100):
+        path = tmp_path / "cut.tar"
+        path.write_bytes(whole[:keep])
+        if keep not in ends_of_members:
+            with pytest.raises(ShardError, match="cut.tar"):
+                index_tar(path)
+    damaged = bytearray(whole)
+    damaged[2048:4096] = os.urandom(2048)
+    path.write_bytes(damaged)
+    with pytest.raises(ShardError, match="cut.tar"):
+        index_tar(path)
+
+
+def test_a_shard_of_another_size_is_named_and_never_half_read(pairs, tmp_path):
+    shutil.copytree(pairs.parent, tmp_path / "copy")
+    manifest = Manifest.load(tmp_path / "copy" / pairs.name)
+    with open(manifest.url(2), "r+b") as f:
+        f.truncate(manifest.shards[2].size_bytes - 512)
+    files = ShardFiles(manifest)
+    for sample in range(14, 21):
+        with pytest.raises(BadSample, match=r"shard-000002\.tar#\d.*bytes, its manifest says"):
+            files.read(sample)
+    assert files.read(13)["__key__"] == "s00013" and files.read(21)["__key__"] == "s00021"
+
+
+def test_garbage_in_the_middle_is_one_named_bad_sample(pairs, tmp_path):
+    shutil.copytree(pairs.parent, tmp_path / "copy")
+    manifest = Manifest.load(tmp_path / "copy" / pairs.name)
+    with open(manifest.url(0), "r+b") as f:
+        f.seek(int(manifest.offset_N[3]))
+        f.write(os.urandom(512))
+    files = ShardFiles(manifest)
+    with pytest.raises(BadSample, match=r"shard-000000\.tar#3: damaged tar header"):
+        files.read(3)
+    assert [files.read(i)["__key__"] for i in (2, 4, 5, 6)] == ["s00002", "s00004", "s00005", "s00006"]
+
+
+def test_manifest_refuses_what_does_not_fit(pairs, tmp_path):
+    with pytest.raises(ManifestError, match="no manifest at"):
+        Manifest.load(tmp_path / "none.json")
+    shutil.copytree(pairs.parent, tmp_path / "copy")
+    copy = tmp_path / "copy" / pairs.name
+    index = copy.with_suffix(".index.npz")
+    index.write_bytes(index.read_bytes()[:-1] + b"?")
+    with pytest.raises(ManifestError, match="does not match its hash"):
+        Manifest.load(copy)
+    copy.write_text(json.dumps({"format": "other"}))
+    with pytest.raises(ManifestError, match="format"):
+        Manifest.load(copy)
+
+
+def test_keys_that_readers_would_split_elsewhere_are_refused(tmp_path):
+    for key in ("a.b", "../up", "a/../b"):
+        with pytest.raises(ValueError, match="key"):
+            write_shards([("train", {**pair(0), "__key__": key})], tmp_path)
+    with pytest.raises(ValueError, match="repeats"):
+        write_shards([("train", pair(0)), ("train", pair(0))], tmp_path)
+
+
+def test_a_stream_reads_any_position_and_never_ends(pairs):
+    stream = ShardStream(pairs, seed=1, window=16)
+    assert len(stream) == 48
+    keys = [stream.raw(p)["__key__"] for p in range(96)]
+    assert sorted(keys[:48]) == sorted(keys[48:]) == [f"s{i:05d}" for i in range(60) if i % 5]
+    assert stream.raw(48 * 10**9 + 5)["png"]
+    assert [p for p, _ in zip(range(5), stream, strict=False)] == [0, 1, 2, 3, 4]
+    other = ShardStream(pairs, seed=2, window=16)
+    assert other.identity != stream.identity and other.raw(0) != stream.raw(0) or other.raw(1) != stream.raw(1)
+
+
+def test_parse_sample_tells_members_apart():
+    with pytest.raises(BadSample, match="no named member|damaged"):
+        parse_sample(b"", "u")
+    assert np.frombuffer(png(3), np.uint8).size > 0
