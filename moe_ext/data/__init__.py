@@ -1,11 +1,11 @@
 """Streams of real data: shards -> raw samples -> samples -> Batches. Usable without the rest.
 
-    from moe_ext.data import Loader, SampleBuilder, ShardStream
+from moe_ext.data import Loader, SampleBuilder, ShardStream
 
-    stream = ShardStream("shards/train.json", split="train", seed=0)
-    build = SampleBuilder(tokenizer, preprocess, tokens_per_item=9)
-    loader = Loader(stream, build, sequences_per_rank=8, num_workers=2)
-    for batch in loader: ...
+stream = ShardStream("shards/train.json", split="train", seed=0)
+build = SampleBuilder(tokenizer, preprocess, tokens_per_item=9)
+loader = Loader(stream, build, sequences_per_rank=8, num_workers=2)
+for batch in loader: ...
 """
 
 from .batches import BatchStream, Loader, TooManyBadSamples, collate, merge_states
@@ -14,7 +14,7 @@ from .rows import Cursor, SingleRows
 from .samples import Sample, SampleBuilder
 from .shards import BadSample, ShardError, index_shards, write_shards
 from .sources import prepare_openmoji
-from .streams import MixedStream, ShardStream, open_streams
+from .streams import MixedStream, ShardStream, open_streams, prepare_builtin
 from .texts import python_docs
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "index_shards",
     "merge_states",
     "open_streams",
+    "prepare_builtin",
     "prepare_openmoji",
     "python_docs",
     "write_shards",

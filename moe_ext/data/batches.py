@@ -7,9 +7,9 @@ run continues with any other number of ranks and workers.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -209,7 +209,7 @@ class Loader:
             TooManyBadSamples: more than `data.bad_sample_budget` were left out.
         """
         self.batches.cursor = self.cursor
-        options = {}
+        options: dict[str, Any] = {}
         if self.num_workers:
             options = {
                 "prefetch_factor": self.prefetch,
@@ -237,7 +237,9 @@ class Loader:
     def _note(self, skips: list[Skip]) -> None:
         for skip in skips:
             self.skips.append(skip)
-            log.warning("skipped sample at position %d, %s: %s", skip.position, skip.key, skip.reason)
+            log.warning(
+                "skipped sample at position %d, %s: %s", skip.position, skip.key, skip.reason
+            )
         if len(self.skips) > self.bad_sample_budget:
             last = self.skips[-1]
             raise TooManyBadSamples(

@@ -11,7 +11,13 @@ from typing import Any
 from .shards import BadSample
 
 MARK = "<image>"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,16 @@ def render(turns: list, *, num_images: int, tokenizer: Any, key: str) -> list[Pi
 
 
 def _messages(turns: list, key: str) -> list[dict[str, str]]:
-    messages = []
+    messages: list[dict[str, str]] = []
     for turn in turns if isinstance(turns, list) else []:
-        role = ROLES.get(turn.get("from", turn.get("role"))) if isinstance(turn, dict) else None
+        role = (
+            ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+        )
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
         if role is None or not isinstance(text, str):
-            raise BadSample(key, f"turn {len(messages)} of the conversation has no known role and text")
+            raise BadSample(
+                key, f"turn {len(messages)} of the conversation has no known role and text"
+            )
         messages.append({"role": role, "content": text})
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()  # a question that nobody answered teaches nothing
@@ -71,7 +81,9 @@ def _messages(turns: list, key: str) -> list[dict[str, str]]:
 
 def _plain(messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
     return [
-        (" " + m["content"].strip(), True) if m["role"] == "assistant" else (m["content"] + "\n", False)
+        (" " + m["content"].strip(), True)
+        if m["role"] == "assistant"
+        else (m["content"] + "\n", False)
         for m in messages
     ]
 
@@ -91,8 +103,12 @@ def _templated(messages: list[dict[str, str]], tokenizer: Any, key: str) -> list
             continue
         before, after = text(i, True), text(i + 1, False)
         after = after.rstrip()  # the line break behind the end mark is not the model's to say
-        if not (whole.startswith(before) and whole.startswith(after) and at <= len(before) < len(after)):
-            raise BadSample(key, "the chat template rewrites earlier turns; set base.chat_template=false")
+        if not (
+            whole.startswith(before) and whole.startswith(after) and at <= len(before) < len(after)
+        ):
+            raise BadSample(
+                key, "the chat template rewrites earlier turns; set base.chat_template=false"
+            )
         spans += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
         at = len(after)
     return spans

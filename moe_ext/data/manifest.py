@@ -10,6 +10,7 @@ import io
 import json
 import os
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +66,9 @@ class Manifest:
     @cached_property
     def starts(self) -> np.ndarray:
         """(shards + 1,) int64: number of the first sample of each shard, and the total."""
-        return np.concatenate([[0], np.cumsum([s.num_samples for s in self.shards], dtype=np.int64)])
+        return np.concatenate(
+            [[0], np.cumsum([s.num_samples for s in self.shards], dtype=np.int64)]
+        )
 
     @cached_property
     def identity(self) -> str:
@@ -112,7 +115,7 @@ class Manifest:
             columns["length"] = self.length_N
         index = path.with_suffix(".index.npz")
         with atomic_file(index) as f:
-            np.savez(f, **columns)
+            np.savez(f, allow_pickle=False, **columns)
         head = {
             "format": FORMAT,
             "num_samples": self.num_samples,
@@ -127,7 +130,7 @@ class Manifest:
         return path
 
     @classmethod
-    def load(cls, path: str | Path, read=None) -> "Manifest":
+    def load(cls, path: str | Path, read: Callable[[str], bytes] | None = None) -> "Manifest":
         """The manifest at a path, or at a URL that `read(url) -> bytes` can fetch.
 
         Raises:
@@ -144,7 +147,9 @@ class Manifest:
         except ValueError as error:
             raise ManifestError(f"{place} is not JSON ({error}); write it anew") from None
         if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise ManifestError(f"{place} is no manifest of format {FORMAT}; run `moe-ext shards index`")
+            raise ManifestError(
+                f"{place} is no manifest of format {FORMAT}; run `moe-ext shards index`"
+            )
         base = place.rsplit("/", 1)[0] if "/" in place else "."
         blob = read(resolve(base, head["index"]["file"]))
         if hashlib.sha256(blob).hexdigest() != head["index"]["sha256"]:
@@ -156,7 +161,7 @@ class Manifest:
             nbytes_N=columns["nbytes"],
             split_N=columns["split"],
             split_names=head["splits"],
-            length_N=columns["length"] if "length" in columns else None,
+            length_N=columns.get("length"),
             lengths_of=head["lengths_of"],
             info=head["info"],
             base=base,

@@ -6,6 +6,8 @@ library's generator. A stream's whole state is therefore the position it has rea
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -41,10 +43,11 @@ def permutation(n: int, *key: int) -> np.ndarray:
 class Cache:
     """The last few results of a pure function."""
 
-    def __init__(self, function, size: int):
-        self.function, self.size, self.kept = function, size, OrderedDict()
+    def __init__(self, function: Callable, size: int):
+        self.function, self.size = function, size
+        self.kept: OrderedDict[tuple, Any] = OrderedDict()
 
-    def __call__(self, *key):
+    def __call__(self, *key: int) -> Any:
         if key in self.kept:
             self.kept.move_to_end(key)
         else:
@@ -63,7 +66,13 @@ class Order:
     """
 
     def __init__(
-        self, chosen: np.ndarray, starts: np.ndarray, *, seed: int, window: int, shuffle: bool = True
+        self,
+        chosen: np.ndarray,
+        starts: np.ndarray,
+        *,
+        seed: int,
+        window: int,
+        shuffle: bool = True,
     ):
         """`chosen` (n,): ascending sample numbers; `starts` (shards + 1,): first sample a shard."""
         if window < 1:
@@ -113,7 +122,9 @@ class Mixture:
         if not weights or any(not w > 0 for w in weights):
             raise ValueError(f"data.streams.*.weight={weights} must all be above zero")
         if len(weights) > self.BLOCK:
-            raise ValueError(f"{len(weights)} streams are more than {self.BLOCK}; merge some manifests")
+            raise ValueError(
+                f"{len(weights)} streams are more than {self.BLOCK}; merge some manifests"
+            )
         self.seed, self.span = seed, span
         self.slots = apportion(weights, self.BLOCK)
         self._block = Cache(self._draw, 4)

@@ -11,6 +11,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
@@ -18,7 +19,7 @@ from webdataset.writer import ShardWriter
 
 from .manifest import Manifest, Shard, file_sha256
 
-RawSample = dict[str, bytes | str]
+RawSample = dict[str, Any]
 """Member suffix ("png", "json") -> bytes, plus `__key__` (str) and `__url__` (str)."""
 
 _BLOCK = 512
@@ -78,7 +79,9 @@ def write_shards(
         for split, sample in samples:
             key = str(sample["__key__"])
             if key in splits or "." in key.rsplit("/", 1)[-1] or ".." in key.split("/"):
-                raise ValueError(f"sample key {key!r} repeats or holds a dot; give every sample its own")
+                raise ValueError(
+                    f"sample key {key!r} repeats or holds a dot; give every sample its own"
+                )
             splits[key] = split
             writer.write(sample)
             writer.tarstream.tarstream.members = []  # tarfile keeps every header otherwise
@@ -104,7 +107,10 @@ def index_shards(
     `local(url)` gives a readable local path of a shard; `length_of` counts a sample's tokens.
     """
     manifest_path = Path(manifest_path)
-    shards, rows, lengths, names = [], [], [], {}
+    shards: list[Shard] = []
+    rows: list[tuple[int, int, int]] = []
+    lengths: list[int] = []
+    names: dict[str, int] = {}
     for url in urls:
         path = local(url)
         before = len(rows)
@@ -114,7 +120,9 @@ def index_shards(
         if length_of is not None:
             with open(path, "rb") as f:
                 for offset, nbytes, _ in rows[before:]:
-                    lengths.append(length_of(parse_sample(os.pread(f.fileno(), nbytes, offset), url)))
+                    lengths.append(
+                        length_of(parse_sample(os.pread(f.fileno(), nbytes, offset), url))
+                    )
         try:
             shown = str(Path(url).resolve().relative_to(manifest_path.parent.resolve()))
         except ValueError:
@@ -146,8 +154,8 @@ def index_tar(path: str | Path) -> list[tuple[str, int, int]]:
         with open(path, "rb") as f, tarfile.open(fileobj=f, mode="r:") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                key, suffix = base_plus_ext(member.name)
-                tar.members = []
+                key, _ = base_plus_ext(member.name)
+                tar.members = []  # type: ignore[attr-defined]  # else every header is kept
                 if not member.isreg() or key is None or key.startswith("__"):
                     continue
                 if found and found[-1][0] == key:
@@ -220,7 +228,9 @@ def _parse_with_webdataset(block: bytes, url: str) -> RawSample:
 class ShardFiles:
     """Open shards of one manifest, each checked when it is opened; at most `max_open` at a time."""
 
-    def __init__(self, manifest: Manifest, *, local: Callable[[str], str] = str, max_open: int = 64):
+    def __init__(
+        self, manifest: Manifest, *, local: Callable[[str], str] = str, max_open: int = 64
+    ):
         self.manifest, self.local, self.max_open = manifest, local, max_open
         self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor
         self.broken: dict[int, str] = {}

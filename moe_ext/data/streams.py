@@ -1,14 +1,16 @@
 """Endless global streams of raw samples: a position is all there is to remember."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import DataConfig
+from ..config import DataConfig, StreamConfig
 from .manifest import Manifest
 from .order import Mixture, Order, hash64
 from .shards import BadSample, RawSample, ShardFiles
 from .sources import prepare_openmoji
+
 
 @dataclass(frozen=True)
 class Place:
@@ -36,7 +38,11 @@ class ShardStream:
     ):
         self.manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
         self.order = Order(
-            self.manifest.select(split), self.manifest.starts, seed=seed, window=window, shuffle=shuffle
+            self.manifest.select(split),
+            self.manifest.starts,
+            seed=seed,
+            window=window,
+            shuffle=shuffle,
         )
         self.name, self.split = name, split
         self.files = ShardFiles(self.manifest, local=local)
@@ -71,17 +77,17 @@ class ShardStream:
         """(position, sample) for ever; damaged samples are left out. For looking and measuring."""
         position = 0
         while True:
-            try:
+            with contextlib.suppress(BadSample):
                 yield position, self.raw(position)
-            except BadSample:
-                pass
             position += 1
 
 
 class MixedStream:
     """Several streams as one, by weight; the interface of `ShardStream`."""
 
-    def __init__(self, streams: list[ShardStream], weights: list[float], *, seed: int, span: int = 1):
+    def __init__(
+        self, streams: list[ShardStream], weights: list[float], *, seed: int, span: int = 1
+    ):
         self.streams = streams
         self.weights = weights
         self.mixture = Mixture(weights, seed=seed, span=span)
@@ -102,40 +108,47 @@ class MixedStream:
 
 
 def open_streams(
-    data: DataConfig, *, seed: int, cache_dir: str | Path = "runs/cache", names: list[str] | None = None
+    data: DataConfig, names: str, *, seed: int, cache_dir: str | Path = "runs/cache"
 ) -> ShardStream | MixedStream:
-    """The stream of the configuration's sources (`names`: only those), mixed when they are several.
+    """The stream that a stage reads: one of `data.streams`, or several as "name+name", by weight.
 
-    A manifest of a built-in set (`data.builtin`) is looked for, by its config's name, in
-    `builtin_manifest(cache_dir, data)`, where the command has prepared it.
+    With `data.builtin` a split of the built-in set (`train`, `probe`, `heldout`, `heldout_concept`)
+    is a stream of that name, unless `data.streams` has its own.
 
     Raises:
-        ValueError: no stream is configured, or a name is not among them.
+        ValueError: a name is not among the streams.
+        ManifestError: a manifest is missing or damaged.
     """
-    chosen = names if names is not None else list(data.streams)
-    unknown = [name for name in chosen if name not in data.streams]
-    if unknown or not chosen:
-        raise ValueError(f"data.streams holds {list(data.streams)}, not {unknown or 'any stream'}")
-    streams = []
+    chosen = names.split("+")
+    configs = []
     for name in chosen:
-        config = data.streams[name]
-        streams.append(
-            ShardStream(
-                builtin_manifest(data, cache_dir) if config.manifest == "builtin" else config.manifest,
-                split=config.split,
-                seed=hash64(seed, len(streams)),
-                window=data.shuffle_window,
-                shuffle=config.shuffle,
-                name=name,
+        if name in data.streams:
+            configs.append(data.streams[name])
+        elif data.builtin:
+            path = str(builtin_manifest(data, cache_dir))
+            configs.append(StreamConfig(manifest=path, split=name, shuffle=name == "train"))
+        else:
+            raise ValueError(
+                f"stream {name!r} (stages.*.data) is not in data.streams={list(data.streams)}"
             )
+    streams = [
+        ShardStream(
+            config.manifest,
+            split=config.split,
+            seed=hash64(seed, number),
+            window=data.shuffle_window,
+            shuffle=config.shuffle,
+            name=name,
         )
+        for number, (name, config) in enumerate(zip(chosen, configs, strict=True))
+    ]
     if len(streams) == 1:
         return streams[0]
-    return MixedStream(streams, [data.streams[name].weight for name in chosen], seed=seed)
+    return MixedStream(streams, [config.weight for config in configs], seed=seed)
 
 
 def builtin_manifest(data: DataConfig, cache_dir: str | Path) -> Path:
-    """Where the manifest of the built-in set lies; `prepare_builtin` writes it there."""
+    """Where the manifest of the built-in set lies once `prepare_builtin` has written it."""
     return Path(cache_dir) / f"{data.builtin}-{data.limit or 'all'}" / f"{data.builtin}.json"
 
 

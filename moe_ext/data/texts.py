@@ -61,7 +61,9 @@ def _named(kind: str) -> dict[str, str]:
         else:
             tree = ast.walk(ast.parse(source))
             kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            docs = [ast.get_docstring(node, clean=False) for node in tree if isinstance(node, kinds)]
+            docs = [
+                ast.get_docstring(node, clean=False) for node in tree if isinstance(node, kinds)
+            ]
             found[path.stem] = "\n\n".join(inspect.cleandoc(d) for d in docs if d and len(d) > 80)
     return {name: text for name, text in found.items() if len(text) >= 200}
 

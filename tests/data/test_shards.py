@@ -6,13 +6,20 @@ import os
 import shutil
 import tarfile
 
-import numpy as np
 import pytest
 import webdataset
 
-from data.conftest import make_pairs, pair, png
-from moe_ext.data import BadSample, Manifest, ManifestError, ShardError, ShardStream, index_shards, write_shards
+from moe_ext.data import (
+    BadSample,
+    Manifest,
+    ManifestError,
+    ShardError,
+    ShardStream,
+    index_shards,
+    write_shards,
+)
 from moe_ext.data.shards import ShardFiles, index_tar, parse_sample
+from tests.data.inputs import make_pairs, pair
 
 
 def test_every_indexed_sample_is_what_webdataset_reads(pairs):
@@ -31,7 +38,9 @@ def test_every_indexed_sample_is_what_webdataset_reads(pairs):
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
     a, b = (make_pairs(tmp_path / name, 10) for name in "ab")
-    assert [s.sha256 for s in Manifest.load(a).shards] == [s.sha256 for s in Manifest.load(b).shards]
+    assert [s.sha256 for s in Manifest.load(a).shards] == [
+        s.sha256 for s in Manifest.load(b).shards
+    ]
     assert a.read_bytes() == b.read_bytes()
 
 
@@ -60,7 +69,9 @@ def test_long_and_unusual_names_go_through(tmp_path):
 
 def test_a_cut_tar_is_refused_by_the_index(pairs, tmp_path):
     whole = open(Manifest.load(pairs).url(0), "rb").read()
-    ends_of_members = {e for _, offset, n in index_tar(Manifest.load(pairs).url(0)) for e in (offset + n,)}
+    ends_of_members = {
+        e for _, offset, n in index_tar(Manifest.load(pairs).url(0)) for e in (offset + n,)
+    }
     for keep in (700, 1000, len(whole) // 2 // 512 * 512 + 100):
         path = tmp_path / "cut.tar"
         path.write_bytes(whole[:keep])
@@ -93,9 +104,14 @@ def test_garbage_in_the_middle_is_one_named_bad_sample(pairs, tmp_path):
         f.seek(int(manifest.offset_N[3]))
         f.write(os.urandom(512))
     files = ShardFiles(manifest)
-    with pytest.raises(BadSample, match=r"shard-000000\.tar#3: damaged tar header"):
+    with pytest.raises(BadSample, match=r"shard-000000\.tar#3: damaged tar (header|member)"):
         files.read(3)
-    assert [files.read(i)["__key__"] for i in (2, 4, 5, 6)] == ["s00002", "s00004", "s00005", "s00006"]
+    assert [files.read(i)["__key__"] for i in (2, 4, 5, 6)] == [
+        "s00002",
+        "s00004",
+        "s00005",
+        "s00006",
+    ]
 
 
 def test_manifest_refuses_what_does_not_fit(pairs, tmp_path):
@@ -128,10 +144,10 @@ def test_a_stream_reads_any_position_and_never_ends(pairs):
     assert stream.raw(48 * 10**9 + 5)["png"]
     assert [p for p, _ in zip(range(5), stream, strict=False)] == [0, 1, 2, 3, 4]
     other = ShardStream(pairs, seed=2, window=16)
-    assert other.identity != stream.identity and other.raw(0) != stream.raw(0) or other.raw(1) != stream.raw(1)
+    assert other.identity != stream.identity
+    assert [other.raw(p)["__key__"] for p in range(48)] != keys[:48]
 
 
 def test_parse_sample_tells_members_apart():
     with pytest.raises(BadSample, match="no named member|damaged"):
         parse_sample(b"", "u")
-    assert np.frombuffer(png(3), np.uint8).size > 0
