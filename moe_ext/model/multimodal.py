@@ -50,7 +50,7 @@ class MultimodalMoE(nn.Module):
     """A language model with extended layers, and one encoder and connector a modality.
 
     Args:
-        lm: made by `load_base`; its layers find their routing context in `lm.context_holder`.
+        lm: made by `load_base`; its extended layers share one holder of the routing context.
         encoders: modality id -> frozen encoder. Not submodules: an engine that casts or broadcasts
             the model leaves them alone.
         connectors: modality name -> connector, in the order of the modality ids 1, 2, ...
@@ -61,6 +61,7 @@ class MultimodalMoE(nn.Module):
     ):
         super().__init__()
         self.lm, self.connectors = lm, connectors
+        (self.holder,) = {layer.holder for layer in extended_layers(lm).values()}
         self.encoders = dict(encoders)
         self.modality_of = {name: 1 + i for i, name in enumerate(connectors)}
 
@@ -74,7 +75,7 @@ class MultimodalMoE(nn.Module):
             with_losses: record what the balance loss and the z-loss need.
         """
         context = RoutingContext(batch.modality_ids, batch.segment_ids, with_losses=with_losses)
-        self.lm.context_holder.context = context
+        self.holder.context = context
         hidden_BSD = self.lm.model(
             inputs_embeds=self.embed(batch),
             attention_mask=attention_mask(batch) if mask is None else mask,
@@ -162,7 +163,7 @@ class MultimodalMoE(nn.Module):
         written: list[list[int]] = [[] for _ in range(batch.input_ids.shape[0])]
         stops = torch.tensor(sorted(stop_ids), device=done_B.device)
         for _ in range(max_new_tokens):
-            self.lm.context_holder.context = context
+            self.holder.context = context
             hidden_BSD = self.lm.model(
                 attention_mask=valid_BS.long(), past_key_values=cache, use_cache=True, **inputs
             ).last_hidden_state

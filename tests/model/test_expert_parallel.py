@@ -60,7 +60,7 @@ def run_rank(placement_name: str) -> dict[str, dict[str, torch.Tensor]]:
     """One of two ranks: every situation; a rank without images has an input that needs no gradient."""
     rank, group = dist.get_rank(), dist.group.WORLD
     results = {}
-    for name, (_, images, scope) in SITUATIONS.items():
+    for name, (_, _images, scope) in SITUATIONS.items():
         layer = build(
             Weights(NUM_FROZEN, NUM_NEW), RULE, scope=scope,
             placement=Placement(placement_name), group=group, rank=rank, world=2,

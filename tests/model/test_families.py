@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_ext.model.families import family_of, sparse_layers
-from moe_ext.model.load import extended_layers, load_base
+from moe_ext.model.load import load_base
+from moe_ext.model.moe import extended_layers
 from tests.model.tiny import TINY, save_tiny
 
 _BATCH, _LENGTH = 3, 11

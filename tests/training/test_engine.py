@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter, check_settings
-from moe_ext.training.topology import Ranks, Topology, ranks_from_environment, start
+from moe_ext.training.topology import Ranks, ranks_from_environment, start
 from tests.ranks import run_ranks
 
 DIM, EXPERTS, STEPS = 6, 3, 3

@@ -1,0 +1,204 @@
+"""The multimodal model on a tiny Qwen2-MoE: text is the base's bit by bit, packing, decoding."""
+
+import hashlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moe_ext.batch import IGNORED_LABEL, Batch
+from moe_ext.config import CalibrationKind, Placement, Scope
+from moe_ext.model.connectors import Connector
+from moe_ext.model.experts import NewBank
+from moe_ext.model.load import load_base
+from moe_ext.model.moe import extended_layers
+from moe_ext.model.multimodal import MultimodalMoE
+from moe_ext.model.placement import owners
+from moe_ext.model.routing import Calibration, NewRows
+from tests.model.tiny import save_tiny
+from tests.ranks import run_ranks
+
+IMAGE_TOKENS, FEATURES = 3, 5
+
+
+class Pixels(nn.Module):
+    """Stands in for an encoder: features are the pixels, (M, 3, FEATURES) as they come."""
+
+    tokens_per_item, feature_dim = IMAGE_TOKENS, FEATURES
+
+    def forward(self, media: torch.Tensor) -> torch.Tensor:
+        return media
+
+
+def build(path, extended: bool, rank: int = 0, world: int = 1, group=None) -> MultimodalMoE:
+    lm = load_base(path, dtype=torch.float32, ep_rank=rank, ep_size=world, ep_group=group)
+    if extended:
+        add_vision(lm, rank, world)
+    model = MultimodalMoE(
+        lm, {1: Pixels()}, nn.ModuleDict({"image": Connector(FEATURES, 8, lm.config.hidden_size)})
+    )
+    model.set_liveness()
+    return model
+
+
+def add_vision(lm, rank: int, world: int, placement: Placement = Placement.replicate) -> None:
+    """Two new random experts in every sparse layer, equal on all ranks."""
+    for index, layer in extended_layers(lm).items():
+        generator = torch.Generator().manual_seed(index)
+        held = owners(2, world, placement)[rank]
+        bank = NewBank(layer.frozen.shape, held, 2, placement, dtype=torch.float32)
+        for name, size in bank.tensor_shapes().items():
+            values = torch.randn(2, *size[1:], generator=generator)
+            getattr(bank, name).data.copy_(0.3 * values[held])
+        dim, total = layer.frozen.shape.hidden_dim, layer.num_frozen + 2
+        rows = NewRows(
+            torch.randn(2, dim, generator=generator),
+            torch.zeros(2),
+            Scope.preserve,
+            (1,),
+            Calibration(CalibrationKind.mlp_add, total, dtype=torch.float32, seed=index),
+        )
+        layer.add_bank("vision", bank, rows)
+
+
+def batch_of(samples: list[tuple[list[int], int]], rows: int | None = None) -> Batch:
+    """A batch of (text tokens, images in front); all in one packed row when `rows` is 1."""
+    lines: list[list[tuple[int, int, int, int, int]]] = []
+    media = 0
+    for tokens, images in samples:
+        line = [(0, IGNORED_LABEL, 1, p, 0) for p in range(images * IMAGE_TOKENS)]
+        media += images
+        for i, token in enumerate(tokens):
+            target = tokens[i + 1] if i + 1 < len(tokens) else IGNORED_LABEL
+            line.append((token, target, 0, len(line), 0))
+        lines.append(line)
+    if rows == 1:
+        lines = [[(*t[:4], 1 + n) for n, line in enumerate(lines) for t in line]]
+    else:
+        lines = [[(*t[:4], 1) for t in line] for line in lines]
+    length = max(map(len, lines))
+    padded = torch.tensor(
+        [line + [(0, IGNORED_LABEL, 0, 0, 0)] * (length - len(line)) for line in lines]
+    )
+    ids, labels, modality, position, segment = padded.unbind(-1)
+    pixels = torch.randn(
+        media, IMAGE_TOKENS, FEATURES, generator=torch.Generator().manual_seed(media)
+    )
+    return Batch(ids, labels, modality, segment, position, {1: pixels})
+
+
+TEXT = [([5, 9, 17, 3, 80], 0), ([7, 7, 2], 0), ([90, 31, 14, 15, 92, 65, 35], 0)]
+MIXED = [([5, 9, 17, 3, 80], 1), ([7, 7, 2], 0), ([90, 31, 14, 15, 92, 65, 35], 1)]
+
+
+def logits_hash(model: MultimodalMoE, batch: Batch) -> str:
+    """SHA-256 of all logits of the real tokens."""
+    with torch.no_grad():
+        model(batch)
+        hidden = model.lm.model(
+            inputs_embeds=model.embed(batch), position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
+        logits = model.logits(hidden[batch.segment_ids != 0])
+    return hashlib.sha256(logits.contiguous().numpy().tobytes()).hexdigest()
+
+
+def train(model: MultimodalMoE, steps: int = 3) -> None:
+    """A few plain steps on images, new experts and connector; replicas stay equal by summing."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    for _ in range(steps):
+        model(batch_of(MIXED)).nll_sum.backward()
+        if dist.is_initialized():
+            for parameter in parameters:
+                dist.all_reduce(parameter.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def text_hashes(path) -> tuple[str, str, str, float]:
+    """Hash of the base, of the extended model, and of the same after training; loss change."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    group = dist.group.WORLD if world > 1 else None
+    text = batch_of(TEXT)
+    base = logits_hash(build(path, False, rank, world, group), text)
+    model = build(path, True, rank, world, group)
+    before, loss_before = logits_hash(model, text), float(model(batch_of(MIXED)).nll_sum.detach())
+    train(model)
+    return (
+        base,
+        before,
+        logits_hash(model, text),
+        loss_before - float(model(batch_of(MIXED)).nll_sum.detach()),
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen2_moe")
+    save_tiny(path, "qwen2_moe")
+    return path
+
+
+def test_text_is_the_base_bit_by_bit_after_training(tiny):
+    base, before, after, gain = text_hashes(tiny)
+    assert base == before == after
+    assert gain > 0.1, "training changed nothing: the hashes show nothing"
+    for base, before, after, gain in run_ranks(text_hashes, 2, tiny):
+        assert base == before == after
+        assert gain > 0.1
+
+
+def test_packed_is_unpacked(tiny):
+    model = build(tiny, True)
+    apart, packed = batch_of(MIXED), batch_of(MIXED, rows=1)
+    grads = []
+    for batch in (apart, packed):
+        model.zero_grad()
+        output = model(batch)
+        output.nll_sum.backward()
+        wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        grads.append((output.nll_Z.detach(), wanted))
+    torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-5, atol=1e-5)
+    for name, grad in grads[0][1].items():
+        scale = float(grad.abs().max()) + 1e-6
+        assert float((grad - grads[1][1][name]).abs().max()) < 1e-5 * max(scale, 1.0), name
+
+
+def test_decoding_with_a_cache_is_decoding_without(tiny):
+    """Rows of unequal length, with and without an image; the rule looks back through the cache."""
+    model = build(tiny, True)
+    samples = [([5, 9], 1), ([7, 11, 2, 40], 0), ([90], 1)]
+    written = model.generate(batch_of(samples), max_new_tokens=6, stop_ids=set())
+    base = build(tiny, False).generate(batch_of([samples[1]]), 6, set())
+    assert written[1] == base[0], "a text-only row is the base's"
+    pixels = batch_of(samples).media[1]
+    for row, (tokens, images) in enumerate(samples):
+        for step in range(6):
+            whole = batch_of([(tokens + written[row][:step], images)])
+            if images:
+                whole.media[1] = pixels[[0 if row == 0 else 1]]
+            with torch.no_grad():
+                model(whole)
+                hidden = model.lm.model(
+                    inputs_embeds=model.embed(whole),
+                    position_ids=whole.position_ids,
+                    use_cache=False,
+                ).last_hidden_state
+            assert int(model.logits(hidden[0, -1]).argmax()) == written[row][step], (row, step)
+
+
+def test_a_stop_id_ends_a_row(tiny):
+    model = build(tiny, True)
+    free = model.generate(batch_of([([5, 9], 1)]), 6, set())[0]
+    stop = free[3]
+    expected = free[: free.index(stop)]
+    assert model.generate(batch_of([([5, 9], 1)]), 6, {stop})[0] == expected
+
+
+def test_placeholders_must_match_the_images(tiny):
+    batch = batch_of(MIXED)
+    batch.media[1] = batch.media[1][:1]
+    with pytest.raises(ValueError, match=r"6 placeholders of modality image but 1 items"):
+        build(tiny, True)(batch)
