@@ -1,0 +1,173 @@
+"""What may train, by part, under names that do not depend on the placement.
+
+A *logical tensor* is what a checkpoint knows: one router row matrix, one expert's `gate_up`. A
+parameter of a rank is one logical tensor, or, for a bank, one per expert that the rank holds, in
+order, back to back. Names are `connectors.image.out_weight`, `layers.3.vision.rows.weight`,
+`layers.3.vision.experts.0.gate_up`; expert ids count the new experts of that layer and extension.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_ext.config import Placement, Trainable
+from moe_ext.model.extend import extended_layers
+from moe_ext.model.multimodal import MultimodalMoE
+
+
+@dataclass(frozen=True)
+class Logical:
+    """Where a logical tensor lies in a parameter of this rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    """First element in the flattened parameter."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter of this rank that some stage may train."""
+
+    name: str
+    parameter: nn.Parameter
+    trainable: Trainable
+    sharded: bool = False
+    expert_ids: tuple[int, ...] | None = None
+    """A bank's experts held here, along the first dimension; None for any other parameter."""
+
+    def logical(self) -> list[Logical]:
+        """The logical tensors of this parameter, in the order of their elements."""
+        shape = tuple(self.parameter.shape)
+        if self.expert_ids is None:
+            return [Logical(self.name, shape, 0)]
+        bank, _, tensor = self.name.rpartition(".")
+        size = math.prod(shape[1:])
+        return [
+            Logical(f"{bank}.{expert}.{tensor}", shape[1:], index * size)
+            for index, expert in enumerate(self.expert_ids)
+        ]
+
+
+def parts_of(model: MultimodalMoE) -> list[Part]:
+    """Every parameter that is not the base's or an encoder's, in an order equal on all ranks."""
+    parts = [
+        Part(f"connectors.{modality}.{name}", parameter, Trainable.connector)
+        for modality, connector in model.connectors.items()
+        for name, parameter in connector.named_parameters()
+    ]
+    for index, layer in extended_layers(model.lm).items():
+        prefix = f"layers.{index}"
+        if layer.router.delta is not None:
+            parts.append(Part(f"{prefix}.router_delta", layer.router.delta, Trainable.router_delta))
+        for extension, rows in layer.router.rows.items():
+            for name, parameter in rows.named_parameters():
+                calibrates = name.startswith("calibration.")
+                kind = Trainable.calibration if calibrates else Trainable.new_rows
+                path = name if calibrates else f"rows.{name}"
+                parts.append(Part(f"{prefix}.{extension}.{path}", parameter, kind))
+        for extension, bank in layer.new.items():
+            sharded = bank.placement is Placement.shard and layer.ep_group is not None
+            for name, parameter in bank.named_parameters():
+                parts.append(
+                    Part(
+                        f"{prefix}.{extension}.experts.{name}",
+                        parameter,
+                        Trainable.new_experts,
+                        sharded,
+                        tuple(bank.expert_ids),
+                    )
+                )
+    return parts
+
+
+def statics_of(model: MultimodalMoE) -> dict[str, Tensor]:
+    """Tensors of the extension that nothing trains: a connector's standardisation."""
+    return {
+        f"connectors.{modality}.{name}": buffer
+        for modality, connector in model.connectors.items()
+        for name, buffer in connector.named_buffers()
+    }
+
+
+def choose(model: MultimodalMoE, train: list[Trainable]) -> list[Part]:
+    """The parts that `train` names; they, and nothing else of the model, then require gradients.
+
+    Raises:
+        ValueError: a name of `train` that this model has no parameter for.
+    """
+    model.requires_grad_(False)
+    chosen = [part for part in parts_of(model) if part.trainable in train]
+    for kind in train:
+        if not any(part.trainable is kind for part in chosen):
+            raise ValueError(
+                f"a stage trains {kind.name}, but this model has no such parameter yet"
+            )
+    for part in chosen:
+        part.parameter.requires_grad_(True)
+    return chosen
+
+
+def announce(model: MultimodalMoE, chosen: list[Part]) -> tuple[int, int, str]:
+    """(trainable, all, one line) of this rank's model; frozen experts are buffers and count too.
+
+    Replicated and sharded tensors count once each as this rank holds them.
+    """
+    trainable = sum(part.parameter.numel() for part in chosen)
+    tensors = {id(t): t.numel() for t in [*model.parameters(), *model.buffers()]}
+    for encoder in model.encoders.values():
+        tensors |= {id(t): t.numel() for t in [*encoder.parameters(), *encoder.buffers()]}
+    total = sum(tensors.values())
+    by_kind: dict[str, int] = {}
+    for part in chosen:
+        by_kind[part.trainable.name] = by_kind.get(part.trainable.name, 0) + part.parameter.numel()
+    detail = ", ".join(f"{name} {count:,}" for name, count in by_kind.items())
+    line = f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.1%}): {detail}"
+    return trainable, total, line
+
+
+class FrozenWatch:
+    """Notices a frozen tensor that changed: a rolling sample at checkpoints, everything at the end.
+
+    A sum over the bits of a tensor is kept, not the tensor.
+    """
+
+    def __init__(self, model: MultimodalMoE, chosen: list[Part]):
+        trained = {id(part.parameter) for part in chosen}
+        named = [*model.named_parameters(), *model.named_buffers()]
+        for modality, encoder in model.encoders.items():
+            named += [(f"encoders.{modality}.{n}", t) for n, t in encoder.named_parameters()]
+        self.tensors = [(name, t) for name, t in named if id(t) not in trained]
+        self.sums = [_bit_sum(t) for _, t in self.tensors]
+        self.next = 0
+
+    def check(self, share: float = 0.125) -> None:
+        """Compare the next `share` of the tensors with their state at the start.
+
+        Raises:
+            RuntimeError: one changed, or received a gradient.
+        """
+        count = max(1, round(share * len(self.tensors)))
+        for _ in range(min(count, len(self.tensors))):
+            name, tensor = self.tensors[self.next]
+            if _bit_sum(tensor) != self.sums[self.next]:
+                raise RuntimeError(f"the frozen tensor {name} changed during training")
+            if tensor.grad is not None:
+                raise RuntimeError(f"the frozen tensor {name} received a gradient")
+            self.next = (self.next + 1) % len(self.tensors)
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    """A sum over the tensor's bits that any single changed element changes."""
+    flat = tensor.detach().reshape(-1)
+    if not flat.is_contiguous():
+        flat = flat.contiguous()
+    size = flat.element_size()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    return int(flat.view(integers).sum(dtype=torch.int64))
