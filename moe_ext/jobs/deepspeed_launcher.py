@@ -1,0 +1,166 @@
+"""The deepspeed launcher as a program: its command for one machine and for the hosts of a hostfile,
+and a start whose success is read from the run's own status.
+
+Traps that shape this file (DeepSpeed 0.19.8): arguments pass through the remote shell unquoted, so
+only paths of the resolved configuration travel; pdsh carries almost no variable over, so ours go
+through a file that DS_ENV_FILE names; one host in a hostfile is taken for this machine unless
+`--force_multi` says otherwise; a launcher whose node process was killed exits 0; on SIGTERM it kills
+data workers before their ranks, so a stop request goes to the ranks alone.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from moe_ext.compose import ConfigError
+from moe_ext.config_launcher import LauncherConfig
+from moe_ext.jobs.runs import PlannedRun
+from moe_ext.training.ownership import STATUS_FILE, read_status
+from moe_ext.training.signals import STOPPED_EXIT_CODE
+
+ENVIRONMENT_FILE = "environment"
+HOSTFILE_PORT = 29500
+GROUP_VARIABLE = "WANDB_RUN_GROUP"
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str
+    slots: int
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts of a hostfile, in order.
+
+    Raises:
+        ConfigError: no file, a line that is not `name slots=N`, a host twice, or no host at all.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"launcher.hostfile={path}: {error.strerror}") from error
+    hosts = []
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        count = words[1].removeprefix("slots=") if len(words) == 2 else ""
+        if not (count.isdigit() and int(count) > 0 and words[1].startswith("slots=")):
+            raise ConfigError(
+                f"launcher.hostfile={path}, line {number}: {line.strip()!r} is not `name slots=N`"
+            )
+        hosts.append(Host(words[0], int(count)))
+    twice = [name for name, count in Counter(host.name for host in hosts).items() if count > 1]
+    if twice or not hosts:
+        reason = f"names {twice[0]} twice" if twice else "names no host"
+        raise ConfigError(f"launcher.hostfile={path} {reason}")
+    return hosts
+
+
+def command(run: PlannedRun, num_ranks: int, port: int) -> list[str]:
+    """The command that starts all ranks: on this machine, or on the hosts of the hostfile."""
+    launcher = run.config.launcher
+    words = [_program()]
+    if launcher.hostfile:
+        words += ["--hostfile", str(Path(launcher.hostfile).absolute())]
+        if launcher.ssh:
+            words += ["--force_multi"]
+        else:
+            words += ["--no_ssh", "--node_rank", str(launcher.node_rank)]
+        if launcher.master_addr:
+            words += ["--master_addr", launcher.master_addr]
+    else:
+        words += ["--num_accelerators", str(num_ranks)]
+    words += ["--master_port", str(port)]
+    return [*words, "--module", "moe_ext.train", "--config-file", str(run.resolved)]
+
+
+def port_of(launcher: LauncherConfig) -> int:
+    """The configured port; without one a free port here, or the agreed one across hosts."""
+    if launcher.master_port:
+        return launcher.master_port
+    if launcher.hostfile:
+        return HOSTFILE_PORT
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment_text(launcher: LauncherConfig, group: str = "") -> str:
+    """Content of the variables file: one `NAME=value` a line, no empty line (it would crash deepspeed)."""
+    variables = dict(launcher.environment) | ({GROUP_VARIABLE: group} if group else {})
+    return "".join(f"{name}={value}\n" for name, value in variables.items())
+
+
+def start(run: PlannedRun, words: list[str], group: str = "") -> int:
+    """Run the command to its end; 0 only if the run itself says that it is finished.
+
+    SIGTERM, SIGINT and SIGUSR2 to this process ask the ranks to publish and stop; the result is then
+    STOPPED_EXIT_CODE. With ranks on other hosts deepspeed passes the request on in its own way.
+    """
+    environment_file = run.launch_dir / ENVIRONMENT_FILE
+    text = environment_text(run.config.launcher, group)
+    environment_file.write_text(text)
+    variables = dict(line.split("=", 1) for line in text.splitlines())
+    environment = os.environ | variables | {"DS_ENV_FILE": str(environment_file)}
+    # A group of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
+    remote = "--force_multi" in words
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        print("asking the ranks to publish and stop", file=sys.stderr, flush=True)
+        if remote:
+            process.terminate()
+        else:
+            stop_ranks(process.pid)
+
+    previous = {
+        n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    }
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return verdict(run.run_dir, code, since_s=environment_file.stat().st_mtime)
+
+
+def stop_ranks(launcher_pid: int) -> None:
+    """Send SIGUSR2 to the ranks below a local deepspeed launcher: runner -> launch -> ranks."""
+    for node in psutil.Process(launcher_pid).children():
+        for rank in node.children():
+            rank.send_signal(signal.SIGUSR2)
+
+
+def verdict(run_dir: Path, launcher_code: int, since_s: float) -> int:
+    """Exit code of a run from what it said of itself after the given file time.
+
+    A launcher's 0 alone proves nothing, and neither does what an earlier start said.
+    """
+    file = run_dir / STATUS_FILE
+    status = read_status(run_dir) if file.exists() and file.stat().st_mtime >= since_s else None
+    if status is not None and status.state == "finished" and launcher_code == 0:
+        return 0
+    if status is not None and status.state == "stopped":
+        print(f"stopped on request in {status.stage}, step {status.step}; start it again to go on")
+        return STOPPED_EXIT_CODE
+    said = "nothing" if status is None else status.error or status.state
+    print(
+        f"the launcher ended with code {launcher_code} and the run is not finished; {run_dir} says: {said}",
+        file=sys.stderr,
+    )
+    return launcher_code if launcher_code > 0 else 1
+
+
+def _program() -> str:
+    """The deepspeed command beside the running interpreter, else the one on PATH."""
+    beside = Path(sys.executable).with_name("deepspeed")
+    return str(beside) if beside.exists() else "deepspeed"

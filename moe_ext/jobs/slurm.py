@@ -1,0 +1,172 @@
+"""A run, or a sweep's runs as one array, becomes an sbatch script; submitting it; asking for states.
+
+The script is `launchers/slurm.sbatch` with its `@name`s filled in. Nothing is decided on the cluster:
+every rank starts from a resolved YAML file, and the script's `tasks` file lists one a line.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from string import Template
+
+from moe_ext.analysis.run_folder import write_json
+from moe_ext.compose import ConfigError
+from moe_ext.config import to_yaml
+from moe_ext.config_launcher import LauncherConfig
+from moe_ext.jobs.deepspeed_launcher import GROUP_VARIABLE
+from moe_ext.jobs.runs import PlannedRun
+
+JOBS_FILE = "jobs.json"
+"""In a `launch` folder: what was submitted (`Submission` as JSON)."""
+
+
+class ScriptTemplate(Template):
+    """`@name` is filled in and `@@` is one `@`: `$` stays the shell's."""
+
+    delimiter = "@"
+
+
+def launchers_dir() -> Path:
+    """The folder of the scripts: beside the package in a checkout, else where pip put it."""
+    beside = Path(__file__).resolve().parents[2] / "launchers"
+    return beside if beside.is_dir() else Path(sys.prefix) / "share" / "moe_ext" / "launchers"
+
+
+def script_text(
+    runs: Sequence[PlannedRun],
+    folder: Path,
+    ranks_per_node: int,
+    group: str = "",
+    name: str = "job",
+) -> str:
+    """The sbatch script of one job (one run) or of an array (several); `folder` holds its files."""
+    launcher = runs[0].config.launcher
+    directives = [f"--{key}={value}" for key, value in _options(launcher) if value]
+    if len(runs) > 1:
+        limit = f"%{launcher.array_limit}" if launcher.array_limit else ""
+        directives.append(f"--array=0-{len(runs) - 1}{limit}")
+    directives += launcher.directives
+    variables = dict(launcher.environment) | ({GROUP_VARIABLE: group} if group else {})
+    command = [*launcher.wrapper, sys.executable, "-u", "-m", "moe_ext.train"]
+    return ScriptTemplate((launchers_dir() / "slurm.sbatch").read_text()).substitute(
+        name=group or runs[0].run_id,
+        nodes=launcher.nodes,
+        ranks_per_node=ranks_per_node,
+        cpus_per_rank=launcher.cpus_per_rank,
+        time_limit=launcher.time_limit,
+        stop_lead_s=launcher.stop_lead_s,
+        max_requeues=launcher.max_requeues,
+        log=str(folder / ("task-%a.log" if len(runs) > 1 else "job.log")),
+        directory=str(Path.cwd()),
+        directives="\n".join(f"#SBATCH {option}" for option in directives),
+        tasks=shlex.quote(str(folder / f"{name}.tasks")),
+        master_addr=shlex.quote(launcher.master_addr),
+        master_port=launcher.master_port,
+        exports="\n".join(
+            f"export {name}={shlex.quote(value)}" for name, value in variables.items()
+        ),
+        setup="\n".join(launcher.setup),
+        rank_script=shlex.quote(str(launchers_dir() / "rank.sh")),
+        command=shlex.join(command),
+    )
+
+
+def _options(launcher: LauncherConfig) -> list[tuple[str, str | int]]:
+    return [
+        ("partition", launcher.partition),
+        ("account", launcher.account),
+        ("gpus-per-node", launcher.gpus_per_node),
+        ("mem", launcher.memory_per_node),
+    ]
+
+
+def stage_runs(run: PlannedRun) -> list[PlannedRun]:
+    """One run a stage of the chain, each with the chain up to there: finished stages are not redone."""
+    chain = run.config.chain
+    return [
+        replace(run, config=replace(run.config, chain=chain[: i + 1])) for i in range(len(chain))
+    ]
+
+
+def write_job(
+    runs: Sequence[PlannedRun],
+    folder: Path,
+    ranks_per_node: int,
+    group: str = "",
+    name: str = "job",
+) -> Path:
+    """Write the script, the tasks and every run's resolved YAML; returns the script's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [run.resolved.with_stem(name) if name != "job" else run.resolved for run in runs]
+    for run, file in zip(runs, files, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_yaml(run.config))
+    (folder / f"{name}.tasks").write_text("".join(f"{file}\n" for file in files))
+    script = folder / f"{name}.sbatch"
+    script.write_text(script_text(runs, folder, ranks_per_node, group, name))
+    return script
+
+
+def submit(script: Path, after: str = "") -> str:
+    """Job id of the submitted script; with `after`, it waits until that job has succeeded.
+
+    Raises:
+        ConfigError: sbatch is missing or refuses; the message is sbatch's own.
+    """
+    words = ["sbatch", "--parsable", *([f"--dependency=afterok:{after}"] if after else [])]
+    try:
+        done = subprocess.run([*words, str(script)], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "launcher=slurm: sbatch is not on this machine; run it on a login node"
+        ) from error
+    if done.returncode != 0:
+        raise ConfigError(f"sbatch refused {script}: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().split(";")[0]
+
+
+def remember(folder: Path, jobs: Sequence[str], runs: Sequence[PlannedRun], log: str) -> None:
+    """Write what was submitted, for `moe-ext jobs`."""
+    tasks = [
+        {"run_id": r.run_id, "run_dir": str(r.run_dir), "overrides": list(r.overrides)}
+        for r in runs
+    ]
+    write_json(folder / JOBS_FILE, {"jobs": list(jobs), "tasks": tasks, "log": log})
+
+
+def states(job: str) -> dict[str, str]:
+    """Slurm's state by task (`12_3`, or `12` without an array), from the queue, else from accounting.
+
+    Empty where neither knows the job or there is no Slurm.
+    """
+    listing = _output(["squeue", "-h", "-r", "-j", job, "-o", "%i %T %r"])
+    found = {}
+    for line in listing.splitlines():
+        task, state, reason = line.split(maxsplit=2)
+        found[task] = state if state != "PENDING" or reason == "None" else f"{state} ({reason})"
+    listing = _output(["sacct", "-n", "-P", "-X", "-j", job, "-o", "JobID,State"])
+    for line in listing.splitlines():
+        task, _, state = line.partition("|")
+        found.setdefault(task, state.split()[0] if state else "")
+    return found
+
+
+def _output(words: list[str]) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def submissions(folder: Path) -> list[Path]:
+    """The `jobs.json` files at or below a folder: a run's, a sweep's, or all below `runs/`."""
+    return sorted(folder.glob(f"**/{JOBS_FILE}"))
+
+
+def read_submission(path: Path) -> dict:
+    return json.loads(path.read_text())
