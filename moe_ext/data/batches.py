@@ -131,6 +131,11 @@ class BatchStream(IterableDataset):
         self.rows, self.length = rows or SingleRows(), length
         self.cursor = Cursor()
 
+    @property
+    def identity(self) -> str:
+        """What must be equal for a cursor to mean the same samples again."""
+        return f"{self.stream.identity}|{self.rows.identity}"
+
     def __iter__(self) -> Iterator[Load]:
         worker = get_worker_info()
         index, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -156,7 +161,13 @@ class BatchStream(IterableDataset):
 
     def _sample(self, position: int, skips: list[Skip]) -> Sample:
         try:
-            return self.build(self.stream.raw(position))
+            sample = self.build(self.stream.raw(position))
+            room = self.rows.room(position)
+            if room is not None and len(sample) > room:
+                raise BadSample(
+                    sample.key, f"has {len(sample)} tokens, {room} planned; measure lengths anew"
+                )
+            return sample
         except BadSample as error:
             skips.append(Skip(position, error.key, error.reason))
             return self.build.blank(error.key)
@@ -168,6 +179,7 @@ class Loader:
     Attributes:
         wait_s: seconds that the last batch was waited for.
         num_truncated: samples cut to the length limit so far.
+        num_tokens, num_positions: real tokens and all positions of the batches so far.
         skips: samples left out so far, over the whole life of the run.
     """
 
@@ -201,6 +213,7 @@ class Loader:
         self.cursor = Cursor()
         self.skips: list[Skip] = []
         self.num_truncated, self.wait_s = 0, 0.0
+        self.num_tokens, self.num_positions = 0, 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current cursor on, for ever.
@@ -231,6 +244,8 @@ class Loader:
             # the state moves when the batch is handed over: what workers hold ahead is not consumed
             self.cursor = load.cursor
             self.num_truncated += load.num_truncated
+            self.num_tokens += load.batch.num_tokens
+            self.num_positions += load.batch.input_ids.numel()
             self._note(load.skips)
             yield load.batch
 
@@ -253,7 +268,7 @@ class Loader:
         return {
             "position": self.cursor.position,
             "row": self.cursor.row,
-            "stream": self.batches.stream.identity,
+            "stream": self.batches.identity,
             "skips": [[s.position, s.key, s.reason] for s in self.skips],
         }
 
@@ -263,7 +278,7 @@ class Loader:
         Takes effect at the next `iter()`. Raises ValueError when the state belongs to another
         stream (other shards, split, seed, window or weights), unless `same_stream` is False.
         """
-        ours = self.batches.stream.identity
+        ours = self.batches.identity
         if same_stream and state["stream"] != ours:
             raise ValueError(
                 f"the checkpoint's data position belongs to stream {state['stream']!r}, this run reads "

@@ -2,7 +2,8 @@
 
 A manifest is two files that travel together. `NAME.json` names the shards with size, SHA-256 and
 number of samples, the splits, licence and attribution. `NAME.index.npz` holds one row a sample, in
-shard order: byte offset, bytes, split, and token length where a tokenizer has measured it.
+shard order: byte offset, bytes and split. Token lengths, which depend on a tokenizer and a prompt, lie in
+a third file for each way of building samples, `NAME.lengths-FINGERPRINT.npy`.
 """
 
 import hashlib
@@ -21,6 +22,10 @@ import numpy as np
 FORMAT = "moe_ext.manifest/1"
 ALL = "all"
 """Name of the split that every sample is in."""
+
+
+def read_local(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 class ManifestError(ValueError):
@@ -50,14 +55,13 @@ class Manifest:
     split_N: np.ndarray
     """uint8: row of `split_names`."""
     split_names: list[str]
-    length_N: np.ndarray | None = None
-    """int32 tokens of the sample as `lengths_of` built it; None where nobody has measured."""
-    lengths_of: str = ""
-    """Fingerprint of the sample builder that measured `length_N`."""
     info: dict = field(default_factory=dict)
     """Licence, attribution, settings: for people, and for deciding whether a rebuild is needed."""
     base: str = ""
     """Folder or URL prefix that relative shard urls start from."""
+    name: str = ""
+    """File name of the manifest without its ending."""
+    read_bytes: Callable[[str], bytes] = field(default=read_local, repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -107,12 +111,28 @@ class Manifest:
             raise ManifestError(f"split={split!r} of the manifest at {self.base!r} holds no sample")
         return chosen
 
+    def lengths(self, fingerprint: str) -> np.ndarray:
+        """(N,) int32 tokens of every sample as the builder of that fingerprint makes it.
+
+        Raises:
+            ManifestError: nobody has measured them yet.
+        """
+        place = resolve(self.base, lengths_file(self.name, fingerprint))
+        try:
+            length_N = np.load(io.BytesIO(self.read_bytes(place)), allow_pickle=False)
+        except (OSError, ValueError):
+            length_N = None
+        if length_N is None or length_N.shape != (self.num_samples,):
+            raise ManifestError(
+                f"data.pack=true plans from token lengths, and {place} does not hold them; write it with "
+                "`moe-ext shards index --tokenizer` or `measure_lengths`, or set data.pack=false"
+            )
+        return length_N
+
     def save(self, path: str | Path) -> Path:
         """Writes `path` (.json) and the index beside it, each by one rename; the JSON comes last."""
         path = Path(path)
         columns = {"offset": self.offset_N, "nbytes": self.nbytes_N, "split": self.split_N}
-        if self.length_N is not None:
-            columns["length"] = self.length_N
         index = path.with_suffix(".index.npz")
         with atomic_file(index) as f:
             np.savez(f, allow_pickle=False, **columns)
@@ -120,7 +140,6 @@ class Manifest:
             "format": FORMAT,
             "num_samples": self.num_samples,
             "splits": self.split_names,
-            "lengths_of": self.lengths_of,
             "index": {"file": index.name, "sha256": file_sha256(index)},
             "info": self.info,
             "shards": [vars(s) for s in self.shards],
@@ -130,14 +149,13 @@ class Manifest:
         return path
 
     @classmethod
-    def load(cls, path: str | Path, read: Callable[[str], bytes] | None = None) -> "Manifest":
+    def load(cls, path: str | Path, read: Callable[[str], bytes] = read_local) -> "Manifest":
         """The manifest at a path, or at a URL that `read(url) -> bytes` can fetch.
 
         Raises:
             ManifestError: a file is missing, of another format, or does not match its hash.
         """
         place = str(path)
-        read = read or _read_local
         try:
             head = json.loads(read(place))
         except FileNotFoundError:
@@ -161,14 +179,18 @@ class Manifest:
             nbytes_N=columns["nbytes"],
             split_N=columns["split"],
             split_names=head["splits"],
-            length_N=columns.get("length"),
-            lengths_of=head["lengths_of"],
             info=head["info"],
             base=base,
+            name=place.rsplit("/", 1)[-1].removesuffix(".json"),
+            read_bytes=read,
         )
         if not int(manifest.starts[-1]) == manifest.num_samples == head["num_samples"]:
             raise ManifestError(f"{place}: shards and index disagree on the number of samples")
         return manifest
+
+
+def lengths_file(name: str, fingerprint: str) -> str:
+    return f"{name}.lengths-{fingerprint}.npy"
 
 
 def resolve(base: str, url: str) -> str:
@@ -204,7 +226,3 @@ class atomic_file:
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
-
-
-def _read_local(path: str) -> bytes:
-    return Path(path).read_bytes()

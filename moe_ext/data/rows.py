@@ -27,6 +27,13 @@ class Rows(Protocol):
     def advance(self, cursor: Cursor, count: int) -> Cursor:
         """The cursor `count` rows later."""
 
+    def room(self, position: int) -> int | None:
+        """Tokens that the sample at a position may have; None: any number."""
+
+    @property
+    def identity(self) -> str:
+        """What must be equal for a cursor to mean the same rows again."""
+
 
 class SingleRows:
     """One sample a row."""
@@ -37,3 +44,8 @@ class SingleRows:
 
     def advance(self, cursor: Cursor, count: int) -> Cursor:
         return Cursor(cursor.position + count)
+
+    def room(self, position: int) -> None:
+        return None
+
+    identity = "single"

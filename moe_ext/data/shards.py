@@ -97,19 +97,16 @@ def index_shards(
     manifest_path: str | Path,
     *,
     split_of: Callable[[str], str] = lambda key: "train",
-    length_of: Callable[[RawSample], int] | None = None,
-    lengths_of: str = "",
     info: dict | None = None,
     local: Callable[[str], str] = str,
 ) -> Path:
     """Path of the manifest of existing shards, each read once from end to end.
 
-    `local(url)` gives a readable local path of a shard; `length_of` counts a sample's tokens.
+    `local(url)` gives a readable local path of a shard.
     """
     manifest_path = Path(manifest_path)
     shards: list[Shard] = []
     rows: list[tuple[int, int, int]] = []
-    lengths: list[int] = []
     names: dict[str, int] = {}
     for url in urls:
         path = local(url)
@@ -117,12 +114,6 @@ def index_shards(
         for key, offset, nbytes in index_tar(path):
             split = names.setdefault(split_of(key), len(names))
             rows.append((offset, nbytes, split))
-        if length_of is not None:
-            with open(path, "rb") as f:
-                for offset, nbytes, _ in rows[before:]:
-                    lengths.append(
-                        length_of(parse_sample(os.pread(f.fileno(), nbytes, offset), url))
-                    )
         try:
             shown = str(Path(url).resolve().relative_to(manifest_path.parent.resolve()))
         except ValueError:
@@ -135,8 +126,6 @@ def index_shards(
         nbytes_N=table[:, 1].copy(),
         split_N=table[:, 2].astype(np.uint8),
         split_names=list(names),
-        length_N=np.array(lengths, np.int32) if length_of is not None else None,
-        lengths_of=lengths_of,
         info=info or {},
     )
     return manifest.save(manifest_path)

@@ -87,4 +87,4 @@ def _bare(paragraph: str) -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    return [bare for bare in map(_bare, _split(text)) if len(bare) >= 40]
+    return [bare for bare in map(_bare, _split(text)) if len(bare) >= 24]

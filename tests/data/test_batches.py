@@ -180,3 +180,10 @@ def test_plain_dataloader(pairs, build):
     assert [k for load in loads for k in load.batch.sample_keys] == [
         stream.raw(p)["__key__"] for p in range(10)
     ]
+
+
+def test_spawned_workers_get_everything_by_pickle(pairs, build):
+    stream = ShardStream(pairs, seed=5, window=16)
+    stream.raw(0)  # an open file must not travel
+    loader = Loader(stream, build, sequences_per_rank=2, num_workers=1, start_method="spawn")
+    assert take(loader, 1)[0].sample_keys == [stream.raw(p)["__key__"] for p in range(2)]
