@@ -37,6 +37,7 @@ HOMES: dict[str, set[str]] = {
     "omegaconf": {"config.py", "commands"},
     "transformers": {
         "model/families.py",
+        "model/extend.py",
         "model/load.py",
         "model/upcycle.py",
         "model/gguf.py",

@@ -37,16 +37,24 @@ class Liveness:
 
 @dataclass
 class _Route:
-    """Rows that this rank sends and receives, by rank of the group."""
+    """Rows that this rank sends and receives."""
 
     sent: list[int]
+    """Rows a rank of the group."""
     received: list[int]
+    token_P: Tensor
+    """Token of every row sent."""
+    row_TW: Tensor
+    """Row that a token sends to a rank; P where it sends none."""
     group: dist.ProcessGroup
 
 
-def _exchange(rows: Tensor, sent: list[int], received: list[int], group) -> Tensor:
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+def _exchange(rows: Tensor, sent: list[int], received: list[int], group, spare: int = 0) -> Tensor:
+    """The rows that the others sent here, and `spare` rows of zeros."""
+    out = rows.new_empty(sum(received) + spare, *rows.shape[1:])
+    out[sum(received) :] = 0
+    into = out[: sum(received)]
+    dist.all_to_all_single(into, rows.contiguous(), received, sent, group=group)
     return out
 
 
@@ -70,13 +78,14 @@ def _unpack(packed: Tensor, *columns: tuple[int, torch.dtype]) -> list[Tensor]:
 
 
 class _Send(torch.autograd.Function):
-    """Rows, weights and ids to their ranks; the gradients of rows and weights come back."""
+    """Tokens, weights and ids to their ranks; the gradients of tokens and weights come back."""
 
     @staticmethod
-    def forward(ctx, x_PD, weight_PS, expert_PS, route, live_input, anchor):
+    def forward(ctx, x_TD, weight_PS, expert_PS, route, live_input, anchor):
         ctx.route, ctx.live_input = route, live_input
-        ctx.rows = (x_PD.shape[1], x_PD.dtype)
+        ctx.rows = (x_TD.shape[1], x_TD.dtype)
         ctx.weights = (weight_PS.shape[1], weight_PS.dtype)
+        x_PD = x_TD.index_select(0, route.token_P)
         packed = _exchange(
             _pack(weight_PS, x_PD, expert_PS), route.sent, route.received, route.group
         )
@@ -91,56 +100,29 @@ class _Send(torch.autograd.Function):
     def backward(ctx, grad_x_QD, grad_weight_QS, _):
         route = ctx.route
         columns = [grad_weight_QS, grad_x_QD] if ctx.live_input else [grad_weight_QS]
-        packed = _exchange(_pack(*columns), route.received, route.sent, route.group)
-        grad_x_PD = None
-        if ctx.live_input:
-            grad_weight_PS, grad_x_PD = _unpack(packed, ctx.weights, ctx.rows)
-        else:
+        packed = _exchange(_pack(*columns), route.received, route.sent, route.group, spare=1)
+        if not ctx.live_input:
             (grad_weight_PS,) = _unpack(packed, ctx.weights)
-        return grad_x_PD, grad_weight_PS, None, None, None, None
+            return None, grad_weight_PS[:-1], None, None, None, None
+        grad_weight_PS, grad_x_PD = _unpack(packed, ctx.weights, ctx.rows)
+        grad_x_TD = sum_by_token(grad_x_PD, route.row_TW)
+        return grad_x_TD, grad_weight_PS[:-1], None, None, None, None
 
 
 class _Return(torch.autograd.Function):
-    """Result rows to the ranks that asked for them."""
+    """Result rows to the ranks that asked for them, summed by token."""
 
     @staticmethod
     def forward(ctx, y_QD, route, anchor):
         ctx.route = route
-        return _exchange(y_QD, route.received, route.sent, route.group)
-
-    @staticmethod
-    def backward(ctx, grad_PD):
-        route = ctx.route
-        return _exchange(grad_PD, route.sent, route.received, route.group), None, None
-
-
-class _SumByToken(torch.autograd.Function):
-    """(T, D) from the P returned rows; gradient rows are gathered back."""
-
-    @staticmethod
-    def forward(ctx, y_PD, row_TW, token_P):
-        ctx.save_for_backward(token_P)
-        return sum_by_token(torch.cat([y_PD, y_PD.new_zeros(1, y_PD.shape[1])]), row_TW)
+        y_PD = _exchange(y_QD, route.received, route.sent, route.group, spare=1)
+        return sum_by_token(y_PD, route.row_TW)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        (token_P,) = ctx.saved_tensors
-        return grad_TD.index_select(0, token_P), None, None
-
-
-class _RowsOfTokens(torch.autograd.Function):
-    """(P, D) rows of the tokens to send; gradient rows are summed by token."""
-
-    @staticmethod
-    def forward(ctx, x_TD, row_TW, token_P):
-        ctx.save_for_backward(row_TW)
-        return x_TD.index_select(0, token_P)
-
-    @staticmethod
-    def backward(ctx, grad_PD):
-        (row_TW,) = ctx.saved_tensors
-        rows = torch.cat([grad_PD, grad_PD.new_zeros(1, grad_PD.shape[1])])
-        return sum_by_token(rows, row_TW), None, None
+        route = ctx.route
+        grad_PD = grad_TD.index_select(0, route.token_P)
+        return _exchange(grad_PD, route.sent, route.received, route.group), None, None
 
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -175,18 +157,16 @@ def dispatch(
     received_W = torch.empty_like(sent_W)
     dist.all_to_all_single(received_W, sent_W, group=group)
     sent, received = torch.stack([sent_W, received_W]).tolist()
-    route = _Route(sent, received, group)
+    route = _Route(sent, received, token_P, row_TW, group)
 
     owned_PS = owner_TS[token_P] == rank_P.unsqueeze(1)
     expert_PS = torch.where(owned_PS, expert_TS[token_P], NO_EXPERT).to(torch.int16)
     weight_PS = weight_TS[token_P] * owned_PS
-    x_PD = _RowsOfTokens.apply(x_TD, row_TW, token_P)
     anchor = None
     if torch.is_grad_enabled() and (liveness.input or liveness.weight):
         anchor = x_TD.new_zeros(1).requires_grad_()
     x_QD, weight_QS, expert_QS = _Send.apply(
-        x_PD, weight_PS, expert_PS, route, liveness.input, anchor
+        x_TD, weight_PS, expert_PS, route, liveness.input, anchor
     )
     y_QD = compute(x_QD, expert_QS.to(torch.int64), weight_QS)
-    y_PD = _Return.apply(y_QD, route, anchor)
-    return _SumByToken.apply(y_PD, row_TW, token_P)
+    return _Return.apply(y_QD, route, anchor)

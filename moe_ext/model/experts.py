@@ -108,33 +108,30 @@ def _grouped_mm_runs(rows: Tensor, *widths: int) -> bool:
     return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and rows.shape[0] > 0
 
 
-def grouped_linear(rows: Tensor, weight_EOI: Tensor, counts: Tensor) -> Tensor:
-    """(R, O): every expert's rows times its own matrix, transposed: rows[e] @ weight[e].T."""
-    num_out, num_in = weight_EOI.shape[1:]
-    if _grouped_mm_runs(rows, num_out, num_in):
-        offsets = counts.cumsum(0).to(torch.int32)
-        return F.grouped_mm(rows, weight_EOI.transpose(1, 2), offs=offsets)
-    out = rows.new_empty(rows.shape[0], num_out)
+def grouped_linear(rows: Tensor, weight_EOI: Tensor, counts: Tensor, spare: int = 0) -> Tensor:
+    """(R + spare, O): every expert's rows times its own matrix, rows[e] @ weight[e].T, and zeros."""
+    return _grouped_mm(rows, weight_EOI.transpose(1, 2), counts, spare)
+
+
+def grouped_linear_backward_input(
+    grad: Tensor, weight_EOI: Tensor, counts: Tensor, spare: int = 0
+) -> Tensor:
+    """(R + spare, I): gradient of `grouped_linear` for its rows, grad[e] @ weight[e], and zeros."""
+    return _grouped_mm(grad, weight_EOI, counts, spare)
+
+
+def _grouped_mm(rows: Tensor, matrix_EIO: Tensor, counts: Tensor, spare: int) -> Tensor:
+    num_in, num_out = matrix_EIO.shape[1:]
+    if _grouped_mm_runs(rows, num_in, num_out):
+        out = F.grouped_mm(rows, matrix_EIO, offs=counts.cumsum(0).to(torch.int32))
+        return F.pad(out, (0, 0, 0, spare)) if spare else out
+    out = rows.new_empty(rows.shape[0] + spare, num_out)
+    out[rows.shape[0] :] = 0
     start = 0
     for expert, count in enumerate(counts.tolist()):
         if count:
             part = slice(start, start + count)
-            torch.mm(rows[part], weight_EOI[expert].t(), out=out[part])
-            start += count
-    return out
-
-
-def grouped_linear_backward_input(grad: Tensor, weight_EOI: Tensor, counts: Tensor) -> Tensor:
-    """(R, I): gradient of `grouped_linear` with respect to its rows: grad[e] @ weight[e]."""
-    num_out, num_in = weight_EOI.shape[1:]
-    if _grouped_mm_runs(grad, num_out, num_in):
-        return F.grouped_mm(grad, weight_EOI, offs=counts.cumsum(0).to(torch.int32))
-    out = grad.new_empty(grad.shape[0], num_in)
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            part = slice(start, start + count)
-            torch.mm(grad[part], weight_EOI[expert], out=out[part])
+            torch.mm(rows[part], matrix_EIO[expert], out=out[part])
             start += count
     return out
 
@@ -165,10 +162,6 @@ def sum_by_token(rows: Tensor, row_of_slot: Tensor) -> Tensor:
     return out
 
 
-def _with_zero_row(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-
-
 def _sum_bias_rows(grad: Tensor, counts: Tensor) -> Tensor:
     """(E, O): the sum of every expert's rows."""
     experts = torch.repeat_interleave(torch.arange(counts.numel(), device=grad.device), counts)
@@ -186,16 +179,16 @@ class _BankFunction(torch.autograd.Function):
         if gate_up_bias is not None:
             h_R2I += gate_up_bias.repeat_interleave(plan.counts, dim=0)
         scaled_RI = activate(h_R2I, shape).mul_(weight_R.to(h_R2I.dtype).unsqueeze(1))
-        out_RD = grouped_linear(scaled_RI, down, plan.counts)
+        out_RD = grouped_linear(scaled_RI, down, plan.counts, spare=1)
         if down_bias is not None:
             rows_bias = down_bias.repeat_interleave(plan.counts, dim=0)
-            out_RD += rows_bias * weight_R.to(out_RD.dtype).unsqueeze(1)
+            out_RD[:-1] += rows_bias * weight_R.to(out_RD.dtype).unsqueeze(1)
         ctx.plan, ctx.shape = plan, shape
         trains = gate_up.requires_grad
         ctx.save_for_backward(
             x_TD if trains else None, h_R2I, weight_R, gate_up, down, gate_up_bias, down_bias
         )
-        return sum_by_token(_with_zero_row(out_RD), plan.row_of_slot)
+        return sum_by_token(out_RD, plan.row_of_slot)
 
     @staticmethod
     def backward(ctx, grad_TD):
@@ -230,8 +223,8 @@ class _BankFunction(torch.autograd.Function):
             if gate_up_bias is not None:
                 grad_gate_up_bias = _sum_bias_rows(grad_h_R2I, plan.counts)
         if x_live:
-            grad_x_RD = grouped_linear_backward_input(grad_h_R2I, gate_up, plan.counts)
-            grad_x_TD = sum_by_token(_with_zero_row(grad_x_RD), plan.row_of_slot)
+            grad_x_RD = grouped_linear_backward_input(grad_h_R2I, gate_up, plan.counts, spare=1)
+            grad_x_TD = sum_by_token(grad_x_RD, plan.row_of_slot)
         grads = (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias)
         return grad_x_TD, grad_weight_TS, *grads, None, None
 
