@@ -224,7 +224,7 @@ class StreamConfig:
     """Path or URL of the manifest that `moe-ext shards` writes."""
     weight: float = 1.0
     split: str = "train"
-    """`train`, `heldout` or `all`: which samples of the manifest, by its own split column."""
+    """Which samples of the manifest, by its own split column; `all` takes every one."""
     shuffle: bool = True
 
 
@@ -239,6 +239,12 @@ class DataConfig:
     """Text between an image and its caption."""
     max_length: int = 128
     pack: bool = False
+    """Fill rows of `sequence_length` tokens with several samples each."""
+    sequence_length: int = 512
+    """Tokens of a packed row; unpacked rows are padded to the longest of their batch."""
+    homogeneous_span: int = 1
+    """Neighbouring samples that come from one stream of a mixture. The samples of a step over all ranks: every
+    rank then sees one stream, so one modality, a step (Uni-MoE's modality-level data parallelism)."""
     num_workers: int = 1
     shuffle_window: int = 4096
     """Samples within which the order is shuffled; shards are shuffled as a whole."""

@@ -123,12 +123,14 @@ def _check_data(config: TrainConfig) -> None:
             f"data.builtin={data.builtin!r} is not known; use openmoji, or '' and data.streams"
         )
     for name, stream in data.streams.items():
-        if stream.split not in ("train", "heldout", "all"):
-            raise ValueError(
-                f"data.streams.{name}.split={stream.split!r} must be one of train, heldout, all"
-            )
         if not stream.weight > 0:
             raise ValueError(f"data.streams.{name}.weight={stream.weight} must be above 0")
+    if data.pack and data.sequence_length < data.max_length:
+        raise ValueError(
+            f"data.sequence_length={data.sequence_length} is below data.max_length={data.max_length}: a sample "
+            "would not fit into a packed row; raise the first or lower the second"
+        )
+    at_least("data.homogeneous_span", data.homogeneous_span, 1)
     at_least("data.num_workers", data.num_workers, 0)
     at_least("data.shuffle_window", data.shuffle_window, 1)
     at_least("data.bad_sample_budget", data.bad_sample_budget, 0)

@@ -9,12 +9,14 @@ for batch in loader: ...
 """
 
 from .batches import BatchStream, Loader, TooManyBadSamples, collate, merge_states
+from .configured import open_loader, open_streams, prepare_builtin, prepare_lengths
 from .manifest import Manifest, ManifestError, Shard
+from .packing import PackedRows, measure_lengths
 from .rows import Cursor, SingleRows
 from .samples import Sample, SampleBuilder
 from .shards import BadSample, ShardError, index_shards, write_shards
 from .sources import prepare_openmoji
-from .streams import MixedStream, ShardStream, open_streams, prepare_builtin
+from .streams import MixedStream, ShardStream
 from .texts import python_docs
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Manifest",
     "ManifestError",
     "MixedStream",
+    "PackedRows",
     "Sample",
     "SampleBuilder",
     "Shard",
@@ -34,9 +37,12 @@ __all__ = [
     "TooManyBadSamples",
     "collate",
     "index_shards",
+    "measure_lengths",
     "merge_states",
+    "open_loader",
     "open_streams",
     "prepare_builtin",
+    "prepare_lengths",
     "prepare_openmoji",
     "python_docs",
     "write_shards",

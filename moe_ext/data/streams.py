@@ -5,11 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import DataConfig, StreamConfig
 from .manifest import Manifest
-from .order import Mixture, Order, hash64
+from .order import Mixture, Order
 from .shards import BadSample, RawSample, ShardFiles
-from .sources import prepare_openmoji
 
 
 @dataclass(frozen=True)
@@ -105,59 +103,3 @@ class MixedStream:
     def raw(self, position: int) -> RawSample:
         source, inside = self.mixture.at(position)
         return self.streams[source].raw(inside)
-
-
-def open_streams(
-    data: DataConfig, names: str, *, seed: int, cache_dir: str | Path = "runs/cache"
-) -> ShardStream | MixedStream:
-    """The stream that a stage reads: one of `data.streams`, or several as "name+name", by weight.
-
-    With `data.builtin` a split of the built-in set (`train`, `probe`, `heldout`, `heldout_concept`)
-    is a stream of that name, unless `data.streams` has its own.
-
-    Raises:
-        ValueError: a name is not among the streams.
-        ManifestError: a manifest is missing or damaged.
-    """
-    chosen = names.split("+")
-    configs = []
-    for name in chosen:
-        if name in data.streams:
-            configs.append(data.streams[name])
-        elif data.builtin:
-            path = str(builtin_manifest(data, cache_dir))
-            configs.append(StreamConfig(manifest=path, split=name, shuffle=name == "train"))
-        else:
-            raise ValueError(
-                f"stream {name!r} (stages.*.data) is not in data.streams={list(data.streams)}"
-            )
-    streams = [
-        ShardStream(
-            config.manifest,
-            split=config.split,
-            seed=hash64(seed, number),
-            window=data.shuffle_window,
-            shuffle=config.shuffle,
-            name=name,
-        )
-        for number, (name, config) in enumerate(zip(chosen, configs, strict=True))
-    ]
-    if len(streams) == 1:
-        return streams[0]
-    return MixedStream(streams, [config.weight for config in configs], seed=seed)
-
-
-def builtin_manifest(data: DataConfig, cache_dir: str | Path) -> Path:
-    """Where the manifest of the built-in set lies once `prepare_builtin` has written it."""
-    return Path(cache_dir) / f"{data.builtin}-{data.limit or 'all'}" / f"{data.builtin}.json"
-
-
-def prepare_builtin(data: DataConfig, cache_dir: str | Path) -> Path:
-    """Path of the built-in set's manifest, drawn now unless it is there. One process calls it.
-
-    Raises:
-        ValueError: `data.builtin` names no known set.
-    """
-    if data.builtin != "openmoji":
-        raise ValueError(f"data.builtin={data.builtin!r} is not known; choose openmoji")
-    return prepare_openmoji(builtin_manifest(data, cache_dir).parent, limit=data.limit)

@@ -7,12 +7,15 @@ import random
 import pytest
 
 from moe_ext.batch import IGNORED_LABEL
+from moe_ext.config import DataConfig, StreamConfig
 from moe_ext.data import (
     Loader,
     ManifestError,
     SampleBuilder,
     ShardStream,
     merge_states,
+    open_loader,
+    prepare_lengths,
     write_shards,
 )
 from moe_ext.data.packing import PackedRows, best_fit, measure_lengths
@@ -144,3 +147,17 @@ def test_a_sample_longer_than_planned_is_left_out_and_named(varied, build):
     loader = Loader(stream, build, sequences_per_rank=30, rows=rows, length=64)
     next(iter(loader))
     assert loader.skips and all("measure lengths anew" in skip.reason for skip in loader.skips)
+
+
+def test_a_packed_loader_from_the_configuration(varied, build):
+    data = DataConfig(
+        streams={"a": StreamConfig(manifest=str(varied)), "b": StreamConfig(manifest=str(varied))},
+        pack=True,
+        sequence_length=64,
+        num_workers=0,
+        homogeneous_span=4,
+    )
+    prepare_lengths(data, "a+b", build)
+    loader = open_loader(data, "a+b", build, sequences_per_rank=3, rank=0, world_size=1, seed=0)
+    batch = next(iter(loader))
+    assert batch.input_ids.shape == (3, 64) and len(batch.sample_keys) > 3

@@ -1,0 +1,113 @@
+"""From the configuration's `data` group to streams and loaders; deeper code gets numbers."""
+
+from pathlib import Path
+
+from ..config import DataConfig, StreamConfig
+from .batches import Loader
+from .order import hash64
+from .packing import PackedRows, measure_lengths
+from .samples import SampleBuilder
+from .sources import prepare_openmoji
+from .streams import MixedStream, ShardStream
+
+
+def open_streams(
+    data: DataConfig, names: str, *, seed: int, cache_dir: str | Path = "runs/cache"
+) -> ShardStream | MixedStream:
+    """The stream that a stage reads: one of `data.streams`, or several as "name+name", by weight.
+
+    With `data.builtin` a split of the built-in set (`train`, `probe`, `heldout`, `heldout_concept`)
+    is a stream of that name, unless `data.streams` has its own.
+
+    Raises:
+        ValueError: a name is not among the streams.
+        ManifestError: a manifest is missing or damaged.
+    """
+    chosen = names.split("+")
+    configs = []
+    for name in chosen:
+        if name in data.streams:
+            configs.append(data.streams[name])
+        elif data.builtin:
+            path = str(builtin_manifest(data, cache_dir))
+            configs.append(StreamConfig(manifest=path, split=name, shuffle=name == "train"))
+        else:
+            raise ValueError(
+                f"stream {name!r} (stages.*.data) is not in data.streams={list(data.streams)}"
+            )
+    streams = [
+        ShardStream(
+            config.manifest,
+            split=config.split,
+            seed=hash64(seed, number),
+            window=data.shuffle_window,
+            shuffle=config.shuffle,
+            name=name,
+        )
+        for number, (name, config) in enumerate(zip(chosen, configs, strict=True))
+    ]
+    if len(streams) == 1:
+        return streams[0]
+    return MixedStream(
+        streams, [config.weight for config in configs], seed=seed, span=data.homogeneous_span
+    )
+
+
+def open_loader(
+    data: DataConfig,
+    names: str,
+    build: SampleBuilder,
+    *,
+    sequences_per_rank: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    cache_dir: str | Path = "runs/cache",
+) -> Loader:
+    """The endless loader of a stage's stream for one rank.
+
+    Raises:
+        ValueError: see `open_streams`; or a sample may not fit into a packed row.
+        ManifestError: a manifest is missing, or `data.pack` finds no token lengths.
+    """
+    stream = open_streams(data, names, seed=seed, cache_dir=cache_dir)
+    rows, length = None, None
+    if data.pack:
+        length = data.sequence_length
+        rows = PackedRows(stream, build, length=length, seed=seed)
+    return Loader(
+        stream,
+        build,
+        sequences_per_rank=sequences_per_rank,
+        rank=rank,
+        world_size=world_size,
+        num_workers=data.num_workers,
+        rows=rows,
+        length=length,
+        bad_sample_budget=data.bad_sample_budget,
+    )
+
+
+def prepare_lengths(
+    data: DataConfig, names: str, build: SampleBuilder, *, cache_dir: str | Path = "runs/cache"
+) -> None:
+    """Measures the token lengths that `data.pack` plans from, where they are missing. One process calls it."""
+    stream = open_streams(data, names, seed=0, cache_dir=cache_dir)
+    for source in stream.streams if isinstance(stream, MixedStream) else [stream]:
+        measure_lengths(source.manifest, build)
+
+
+def builtin_manifest(data: DataConfig, cache_dir: str | Path) -> Path:
+    """Where the manifest of the built-in set lies once `prepare_builtin` has written it."""
+    return Path(cache_dir) / f"{data.builtin}-{data.limit or 'all'}" / f"{data.builtin}.json"
+
+
+def prepare_builtin(data: DataConfig, cache_dir: str | Path) -> Path:
+    """Path of the built-in set's manifest, drawn now unless it is there. One process calls it.
+
+    Raises:
+        ValueError: `data.builtin` names no known set.
+    """
+    if data.builtin != "openmoji":
+        raise ValueError(f"data.builtin={data.builtin!r} is not known; choose openmoji")
+    return prepare_openmoji(builtin_manifest(data, cache_dir).parent, limit=data.limit)
