@@ -24,6 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "analysis": {"config", "batch", "model", "data"},
     "training": {"config", "batch", "model", "data", "analysis"},
     "export": {"config", "model"},
+    "export_hf": {"config", "model", "export"},
 }
 
 # Library -> places that may import it; a folder ends in a slash. "commands" are the modules at the
@@ -39,6 +40,7 @@ HOMES: dict[str, set[str]] = {
         "model/families.py",
         "model/extend.py",
         "model/load.py",
+        "model/extend.py",  # the type of the language model
         "model/upcycle.py",
         "model/gguf.py",
         "model/specialise.py",
@@ -47,6 +49,7 @@ HOMES: dict[str, set[str]] = {
         "model/export.py",
         "data/samples.py",
         "export.py",
+        "export_hf.py",
         "benchmarks/",
     },
 }

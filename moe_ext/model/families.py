@@ -56,7 +56,8 @@ class Family:
     """The facts about one architecture that the extended layer and the loader need."""
 
     rule: Callable[[Config], RoutingRule]
-    num_experts: Callable[[Config], int]
+    experts_key: str
+    """Attribute of the configuration that counts the routed experts of a layer."""
     expert_shape: Callable[[Config], ExpertShape]
     layouts: tuple[ExpertLayout, ...]
     """Ways that checkpoints keep the experts; the first is what `save_pretrained` writes."""
@@ -70,6 +71,10 @@ class Family:
     """(regular expression, replacement): checkpoint keys -> names in the model with our blocks."""
     returns_tuple: bool = False
     """The decoder layer unpacks (hidden, router scores)."""
+
+    def num_experts(self, config: Config) -> int:
+        """Routed experts of every sparse layer."""
+        return getattr(config, self.experts_key)
 
 
 LAYER_PREFIX = "model.layers.{layer}."
@@ -167,7 +172,7 @@ def _ernie_is_sparse(config: Config, layer: int) -> bool:
 def _deepseek_v3_like(is_sparse: Callable[[Config, int], bool] = _after_first_dense) -> Family:
     return Family(
         rule=_deepseek_v3_rule,
-        num_experts=lambda config: config.n_routed_experts,
+        experts_key="n_routed_experts",
         expert_shape=_moe_shape,
         layouts=(_PROJ, _STACKED),
         router=RouterKeys(
@@ -182,14 +187,14 @@ def _deepseek_v3_like(is_sparse: Callable[[Config, int], bool] = _after_first_de
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         rule=_renormalised_rule,
-        num_experts=lambda config: config.num_local_experts,
+        experts_key="num_local_experts",
         expert_shape=_wide_shape,
         layouts=(_W123, _STACKED),
         router=RouterKeys(("block_sparse_moe.gate.weight", "mlp.gate.weight")),
     ),
     "qwen2_moe": Family(
         rule=_softmax_rule,
-        num_experts=lambda config: config.num_experts,
+        experts_key="num_experts",
         expert_shape=_moe_shape,
         layouts=(_PROJ, _STACKED),
         router=RouterKeys(("mlp.gate.weight",)),
@@ -199,7 +204,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(
         rule=_softmax_rule,
-        num_experts=lambda config: config.num_experts,
+        experts_key="num_experts",
         expert_shape=_moe_shape,
         layouts=(_PROJ, _STACKED),
         router=RouterKeys(("mlp.gate.weight",)),
@@ -207,21 +212,21 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         rule=_softmax_rule,
-        num_experts=lambda config: config.num_experts,
+        experts_key="num_experts",
         expert_shape=_wide_shape,
         layouts=(_PROJ, _STACKED),
         router=RouterKeys(("mlp.gate.weight",)),
     ),
     "flex_olmo": Family(
         rule=_softmax_rule,
-        num_experts=lambda config: config.num_experts,
+        experts_key="num_experts",
         expert_shape=_wide_shape,
         layouts=(_PROJ, _STACKED),
         router=RouterKeys(("mlp.gate.weight",)),
     ),
     "deepseek_v2": Family(
         rule=_deepseek_v2_rule,
-        num_experts=lambda config: config.n_routed_experts,
+        experts_key="n_routed_experts",
         expert_shape=_moe_shape,
         layouts=(_PROJ, _STACKED),
         router=RouterKeys(("mlp.gate.weight",)),
@@ -234,7 +239,7 @@ FAMILIES: dict[str, Family] = {
     "dots1": _deepseek_v3_like(),
     "granitemoe": Family(
         rule=_chosen_softmax_rule,
-        num_experts=lambda config: config.num_local_experts,
+        experts_key="num_local_experts",
         expert_shape=_wide_shape,
         layouts=(
             Stacked(
@@ -249,7 +254,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_oss": Family(
         rule=_chosen_softmax_rule,
-        num_experts=lambda config: config.num_local_experts,
+        experts_key="num_local_experts",
         expert_shape=lambda config: ExpertShape(
             config.hidden_size,
             config.intermediate_size,
@@ -273,7 +278,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ernie4_5_moe": Family(
         rule=lambda config: RoutingRule(config.moe_k, fp32_logits=True),
-        num_experts=lambda config: config.moe_num_experts,
+        experts_key="moe_num_experts",
         expert_shape=_moe_shape,
         layouts=(_PROJ, _STACKED),
         router=RouterKeys(
@@ -290,7 +295,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_next": Family(
         rule=_softmax_rule,
-        num_experts=lambda config: config.num_experts,
+        experts_key="num_experts",
         expert_shape=_moe_shape,
         layouts=(_PROJ, _STACKED),
         router=RouterKeys(("mlp.gate.weight",)),

@@ -44,6 +44,11 @@ class ExpertTensors:
     down_bias: Tensor | None = None
     """[D]"""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "ExpertTensors":
+        """Every tensor that is there, changed."""
+        changed = {name: change(v) for name, v in vars(self).items() if v is not None}
+        return ExpertTensors(**changed)
+
 
 ReadExpert = Callable[[int], ExpertTensors]
 """Logical expert id -> its numbers."""
@@ -60,6 +65,11 @@ class PerExpert:
     def key(self) -> str:
         """A key that a checkpoint of this layout has in every sparse layer."""
         return self.gate.format(expert=0)
+
+    def keys(self, prefix: str, num_experts: int) -> list[str]:
+        """Full keys of all experts of a layer."""
+        spelt = (self.gate, self.up, self.down)
+        return [prefix + key.format(expert=e) for e in range(num_experts) for key in spelt]
 
     def read(self, source: Source, prefix: str, expert: int) -> ExpertTensors:
         """Expert `expert` of the layer whose keys start with `prefix`."""
@@ -101,6 +111,11 @@ class Stacked:
     def key(self) -> str:
         """A key that a checkpoint of this layout has in every sparse layer."""
         return self.gate_up
+
+    def keys(self, prefix: str, num_experts: int) -> list[str]:
+        """Full keys of all experts of a layer."""
+        spelt = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return [prefix + key for key in spelt if key]
 
     def read(self, source: Source, prefix: str, expert: int) -> ExpertTensors:
         """Expert `expert` of the layer whose keys start with `prefix`."""

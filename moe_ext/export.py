@@ -1,0 +1,252 @@
+"""An extension <-> a folder that other people can load.
+
+`save_extension` writes what was added and nothing else: one safetensors file with every expert under
+its logical number, and `manifest.json`, which names the base by hash. `load_extension` puts it into
+any loaded copy of that base. (`export_hf` writes a whole checkpoint of the base's architecture.)
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import moe_ext
+from moe_ext.config import CalibrationKind, ExtensionConfig, Placement, RowInit, Scope
+from moe_ext.model.checkpoint_files import publish_folder
+from moe_ext.model.extend import LayerPlan, attach_extension, base_sha256
+from moe_ext.model.load import BaseInfo
+from moe_ext.model.moe import extended_layers
+from moe_ext.model.routing import NewRows
+from moe_ext.model.state import extension_keys, extension_state, load_extension_state
+
+TENSORS, MANIFEST, FORMAT = "extension.safetensors", "manifest.json", 1
+
+
+@dataclass
+class Layer:
+    """One layer of an extension, as the manifest has it."""
+
+    num_new: int
+    shared_with: list[int] = field(default_factory=list)
+    """The frozen expert whose slot each new expert shares (row initialisation `clone_shared`)."""
+
+
+@dataclass
+class Extension:
+    """One extension of a manifest."""
+
+    scope: str
+    modalities: list[int]
+    calibration: str
+    layers: dict[int, Layer]
+
+
+def describe(lm: nn.Module) -> dict[str, Extension]:
+    """Name -> structure of every extension in the model, layers ascending."""
+    found: dict[str, Extension] = {}
+    for index, block in extended_layers(lm).items():
+        for name in block.new:
+            rows = block.router.rows[name]
+            assert isinstance(rows, NewRows)
+            kind = CalibrationKind.none if rows.calibration is None else rows.calibration.kind
+            extension = found.setdefault(
+                name, Extension(rows.scope.value, list(rows.modalities), kind.value, {})
+            )
+            extension.layers[index] = Layer(rows.weight.shape[0], list(rows.shared_with))
+    return found
+
+
+def save_extension(
+    lm: PreTrainedModel,
+    folder: str | Path,
+    *,
+    connectors: nn.ModuleDict | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    notes: dict[str, Any] | None = None,
+) -> Path:
+    """Write every extension of the model, and the connectors, to a new folder; returns it.
+
+    The folder appears whole or not at all.
+
+    Args:
+        state: `extension_state` gathered over the expert-parallel group; not needed when this
+            process holds every new expert.
+        notes: kept in the manifest as they are (the configuration, metrics): plain JSON.
+
+    Raises:
+        ValueError: there is nothing to save, experts of other ranks are missing, or the folder
+            exists.
+    """
+    folder = Path(folder)
+    refuse_existing(folder)
+    extensions = describe(lm)
+    tensors = dict(extension_state(lm) if state is None else state)
+    missing = sorted(extension_keys(lm) - tensors.keys())
+    if missing:
+        raise ValueError(
+            f"{len(missing)} tensors of the extension are on other ranks ({', '.join(missing[:3])}); "
+            "load the checkpoint with parallel.ep_size=1 and save from there, or pass `state`"
+        )
+    if connectors is not None:
+        tensors |= {f"connectors.{key}": value for key, value in connectors.state_dict().items()}
+    if not tensors:
+        raise ValueError(
+            "the model has neither extensions nor connectors: there is nothing to save"
+        )
+    info: BaseInfo = lm.base_info  # type: ignore[assignment]
+    manifest = {
+        "format": FORMAT,
+        "moe_ext": moe_ext.__version__,
+        "base": {
+            "name": info.path.resolve().name,
+            "model_type": lm.config.model_type,
+            "sha256": base_sha256(info.path),
+        },
+        "extensions": {
+            name: {
+                "scope": extension.scope,
+                "modalities": extension.modalities,
+                "calibration": extension.calibration,
+                "layers": {
+                    str(index): {"num_new": layer.num_new, "shared_with": layer.shared_with}
+                    for index, layer in extension.layers.items()
+                },
+            }
+            for name, extension in extensions.items()
+        },
+        "connectors": [] if connectors is None else list(connectors),
+        "notes": notes or {},
+    }
+
+    def write(partial: Path) -> None:
+        plain = {key: value.detach().cpu().contiguous() for key, value in sorted(tensors.items())}
+        save_file(plain, partial / TENSORS, metadata={"format": "pt"})
+        content = (partial / TENSORS).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        manifest["files"] = {TENSORS: {"bytes": len(content), "sha256": digest}}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        sync(partial)
+
+    return publish_folder(folder, write)
+
+
+def load_extension(
+    lm: PreTrainedModel,
+    folder: str | Path,
+    *,
+    connectors: nn.ModuleDict | None = None,
+    placement: Placement = Placement.replicate,
+    check_base: bool = True,
+) -> dict[str, Any]:
+    """Put a saved extension into a loaded base, frozen; returns the manifest.
+
+    Beside extensions that the model has already: each keeps to its own name.
+
+    Args:
+        connectors: modules named as the manifest's `connectors`, of the saved sizes.
+        check_base: hash the base's files and compare; False trusts the caller.
+
+    Raises:
+        ValueError: another base, a damaged file, a name that is taken, or connectors that differ.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    _check_file(folder, manifest)
+    info: BaseInfo = lm.base_info  # type: ignore[assignment]
+    expected = manifest["base"]
+    if check_base and base_sha256(info.path) != expected["sha256"]:
+        raise ValueError(
+            f"{folder} extends the base {expected['name']} ({expected['model_type']}, sha256 "
+            f"{expected['sha256'][:12]}...), but base.path={info.path} has other tensors; load that base"
+        )
+    names = list(manifest["extensions"])
+    taken = [name for block in extended_layers(lm).values() for name in block.new if name in names]
+    if taken:
+        raise ValueError(f"extension.name={taken[0]} is in the model already; remove it first")
+    wanted = [] if connectors is None else list(connectors)
+    if connectors is not None and wanted != manifest["connectors"]:
+        raise ValueError(
+            f"{folder} holds connectors {manifest['connectors']}, the model has {wanted}; "
+            "name the modalities alike and in the same order"
+        )
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    for name, extension in manifest["extensions"].items():
+        _attach(lm, name, extension, placement)
+    own = {key: value for key, value in tensors.items() if not key.startswith("connectors.")}
+    load_extension_state(lm, own, names)
+    lm.requires_grad_(False)
+    if connectors is not None:
+        start = len("connectors.")
+        rest = {key[start:]: value for key, value in tensors.items() if key not in own}
+        connectors.load_state_dict(rest)
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of an extension folder.
+
+    Raises:
+        ValueError: there is none, or a newer version of moe_ext wrote it.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{folder} is no extension: it has no {MANIFEST}")
+    manifest = json.loads(path.read_text())
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {manifest.get('format')}, this version of moe_ext reads {FORMAT}"
+        )
+    return manifest
+
+
+def _attach(lm: PreTrainedModel, name: str, extension: dict, placement: Placement) -> None:
+    layers = {int(index): Layer(**layer) for index, layer in extension["layers"].items()}
+    for shares in (False, True):
+        plans = [
+            LayerPlan(index, layer.num_new, layer.shared_with)
+            for index, layer in layers.items()
+            if bool(layer.shared_with) is shares
+        ]
+        settings = ExtensionConfig(
+            name=name,
+            scope=Scope(extension["scope"]),
+            placement=placement,
+            calibration=CalibrationKind(extension["calibration"]),
+            row_init=RowInit.clone_shared if shares else RowInit.zero,
+        )
+        modalities = tuple(extension["modalities"])
+        attach_extension(lm, name, plans, settings, modalities=modalities)
+
+
+def _check_file(folder: Path, manifest: dict) -> None:
+    known, content = manifest["files"][TENSORS], (folder / TENSORS).read_bytes()
+    if hashlib.sha256(content).hexdigest() != known["sha256"]:
+        raise ValueError(
+            f"{folder / TENSORS} has {len(content):,} bytes and another hash than the manifest's "
+            f"({known['bytes']:,} bytes): it is damaged or was changed"
+        )
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ValueError when the folder is there: an export never overwrites."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; name a new folder or remove it")
+
+
+def sync(folder: Path) -> None:
+    """Everything in the folder is on the disk before it gets its name."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
