@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import safe_open
@@ -96,8 +96,8 @@ class TensorFiles:
         self._weight_map: dict[str, str] = weight_map
         self._open: dict[str, safe_open] = {}
 
-    def keys(self) -> list[str]:
-        return list(self._weight_map)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weight_map)
 
     def __contains__(self, key: str) -> bool:
         return key in self._weight_map
