@@ -1,4 +1,4 @@
-"""`moe-ext <command>`: a thin table of commands. Each module's `main(arguments) -> exit code` has the rest."""
+"""`moe-ext <command>`: a thin table of commands; each module's `main(arguments)` has the rest."""
 
 import importlib
 import sys

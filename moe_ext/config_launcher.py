@@ -29,6 +29,8 @@ class LauncherConfig:
     """Where the ranks meet; empty: this machine, the first host, or the job's first node."""
     master_port: int = 0
     """0: local a free port, hostfile 29500, slurm one made from the job's id."""
+    module: str = "moe_ext.train"
+    """What every rank runs, as `python -m MODULE --config-file RESOLVED`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables for every rank. pdsh carries almost none of the caller's over to the hosts, so what
     the ranks need on a hostfile (GLOO_SOCKET_IFNAME, NCCL_*, OMP_NUM_THREADS) belongs here."""
@@ -82,6 +84,10 @@ def check_launcher(launcher: LauncherConfig) -> None:
             raise ValueError(f"launcher.{key}={getattr(launcher, key)} must be at least {least}")
     if not 0 <= launcher.master_port < 65536:
         raise ValueError(f"launcher.master_port={launcher.master_port} is no port (0 chooses one)")
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", launcher.module):
+        raise ValueError(
+            f"launcher.module={launcher.module!r} is no dotted module name, such as moe_ext.train"
+        )
     for name, value in launcher.environment.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\n" in value:
             raise ValueError(

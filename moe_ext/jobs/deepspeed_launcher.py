@@ -80,7 +80,7 @@ def command(run: PlannedRun, num_ranks: int, port: int) -> list[str]:
     else:
         words += ["--num_accelerators", str(num_ranks)]
     words += ["--master_port", str(port)]
-    return [*words, "--module", "moe_ext.train", "--config-file", str(run.resolved)]
+    return [*words, "--module", launcher.module, "--config-file", str(run.resolved)]
 
 
 def port_of(launcher: LauncherConfig) -> int:

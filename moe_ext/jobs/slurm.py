@@ -51,7 +51,7 @@ def script_text(
         directives.append(f"--array=0-{len(runs) - 1}{limit}")
     directives += launcher.directives
     variables = dict(launcher.environment) | ({GROUP_VARIABLE: group} if group else {})
-    command = [*launcher.wrapper, sys.executable, "-u", "-m", "moe_ext.train"]
+    command = [*launcher.wrapper, sys.executable, "-u", "-m", launcher.module]
     return ScriptTemplate((launchers_dir() / "slurm.sbatch").read_text()).substitute(
         name=group or runs[0].run_id,
         nodes=launcher.nodes,
