@@ -11,6 +11,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "moe_ext.train",
         "run or resume a chain of stages in this process (launchers start it)",
     ),
+    "shards": ("moe_ext.data.commands", "make, index, check and look at webdataset shards"),
     "launch": ("moe_ext.launch", "start a run or a sweep: this machine, a hostfile, Slurm"),
     "jobs": ("moe_ext.jobs.status", "how runs stand: state, last step, loss, error line"),
 }

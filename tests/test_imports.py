@@ -48,6 +48,7 @@ HOMES: dict[str, set[str]] = {
         "model/multimodal.py",  # the cache and the type of the language model it calls
         "model/export.py",
         "data/samples.py",
+        "data/commands.py",  # a tokenizer that measures lengths
         "export.py",
         "export_hf.py",
         "benchmarks/",

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 class Stream(Protocol):
     """`ShardStream` or `MixedStream`."""
 
-    identity: str
+    @property
+    def identity(self) -> str: ...
 
     def raw(self, position: int) -> RawSample: ...
 

@@ -91,7 +91,7 @@ def open_loader(
 def prepare_lengths(
     data: DataConfig, names: str, build: SampleBuilder, *, cache_dir: str | Path = "runs/cache"
 ) -> None:
-    """Measures the token lengths that `data.pack` plans from, where they are missing. One process calls it."""
+    """Measures the token lengths that `data.pack` plans from, if missing. One process calls it."""
     stream = open_streams(data, names, seed=0, cache_dir=cache_dir)
     for source in stream.streams if isinstance(stream, MixedStream) else [stream]:
         measure_lengths(source.manifest, build)
