@@ -40,7 +40,6 @@ HOMES: dict[str, set[str]] = {
         "model/families.py",
         "model/extend.py",
         "model/load.py",
-        "model/extend.py",  # the type of the language model
         "model/upcycle.py",
         "model/gguf.py",
         "model/specialise.py",
