@@ -179,6 +179,8 @@ class ExtensionConfig:
     expert_init: ExpertInit = ExpertInit.copy
     expert_type: ExpertType = ExpertType.full
     lora_rank: int = 8
+    lora_alpha: float = 16.0
+    """The low-rank difference is scaled by lora_alpha / lora_rank (Uni-MoE: 16 / 8)."""
     drop_ratio: float = 0.5
     row_init: RowInit = RowInit.clone
     affected_share: float = 0.25

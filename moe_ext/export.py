@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import moe_ext
-from moe_ext.config import CalibrationKind, ExtensionConfig, Placement, RowInit, Scope
+from moe_ext.config import CalibrationKind, ExpertType, ExtensionConfig, Placement, RowInit, Scope
 from moe_ext.model.checkpoint_files import publish_folder
+from moe_ext.model.experts import Bank
 from moe_ext.model.extend import LayerPlan, attach_extension, base_sha256
 from moe_ext.model.load import BaseInfo
+from moe_ext.model.lora import LoraBank
 from moe_ext.model.moe import extended_layers
 from moe_ext.model.routing import NewRows
 from moe_ext.model.state import extension_keys, extension_state, load_extension_state
@@ -35,32 +37,49 @@ class Layer:
     """One layer of an extension, as the manifest has it."""
 
     num_new: int
-    shared_with: list[int] = field(default_factory=list)
-    """The frozen expert whose slot each new expert shares (row initialisation `clone_shared`)."""
+    sources: list[int]
+    """The frozen expert that each new expert started from."""
+    shares_slots: bool
+    """Each new expert shares its source's top-k slot (row initialisation `clone_shared`)."""
 
 
 @dataclass
 class Extension:
-    """One extension of a manifest."""
+    """One extension, as the manifest has it."""
 
     scope: str
     modalities: list[int]
     calibration: str
-    layers: dict[int, Layer]
+    expert_type: str
+    lora_rank: int
+    lora_alpha: float
+    layers: dict[str, Layer] = field(default_factory=dict)
+    """By decoder layer index; a string, since JSON knows no other keys."""
 
 
 def describe(lm: nn.Module) -> dict[str, Extension]:
     """Name -> structure of every extension in the model, layers ascending."""
     found: dict[str, Extension] = {}
     for index, block in extended_layers(lm).items():
-        for name in block.new:
+        for name, bank in block.new.items():
             rows = block.router.rows[name]
             assert isinstance(rows, NewRows)
-            kind = CalibrationKind.none if rows.calibration is None else rows.calibration.kind
-            extension = found.setdefault(
-                name, Extension(rows.scope.value, list(rows.modalities), kind.value, {})
-            )
-            extension.layers[index] = Layer(rows.weight.shape[0], list(rows.shared_with))
+            assert isinstance(bank, Bank)
+            if name not in found:
+                found[name] = Extension(
+                    scope=rows.scope.value,
+                    modalities=list(rows.modalities),
+                    calibration=(
+                        "none" if rows.calibration is None else rows.calibration.kind.value
+                    ),
+                    expert_type=ExpertType.lora.value
+                    if isinstance(bank, LoraBank)
+                    else ExpertType.full.value,
+                    lora_rank=bank.rank if isinstance(bank, LoraBank) else 0,
+                    lora_alpha=bank.alpha if isinstance(bank, LoraBank) else 0.0,
+                )
+            layer = Layer(bank.num_experts, list(bank.sources), bool(rows.shared_with))
+            found[name].layers[str(index)] = layer
     return found
 
 
@@ -87,7 +106,6 @@ def save_extension(
     """
     folder = Path(folder)
     refuse_existing(folder)
-    extensions = describe(lm)
     tensors = dict(extension_state(lm) if state is None else state)
     missing = sorted(extension_keys(lm) - tensors.keys())
     if missing:
@@ -110,18 +128,7 @@ def save_extension(
             "model_type": lm.config.model_type,
             "sha256": base_sha256(info.path),
         },
-        "extensions": {
-            name: {
-                "scope": extension.scope,
-                "modalities": extension.modalities,
-                "calibration": extension.calibration,
-                "layers": {
-                    str(index): {"num_new": layer.num_new, "shared_with": layer.shared_with}
-                    for index, layer in extension.layers.items()
-                },
-            }
-            for name, extension in extensions.items()
-        },
+        "extensions": {name: asdict(extension) for name, extension in describe(lm).items()},
         "connectors": [] if connectors is None else list(connectors),
         "notes": notes or {},
     }
@@ -179,8 +186,10 @@ def load_extension(
         )
     with safe_open(folder / TENSORS, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    for name, extension in manifest["extensions"].items():
-        _attach(lm, name, extension, placement)
+    for name, structure in manifest["extensions"].items():
+        layers = {index: Layer(**layer) for index, layer in structure.pop("layers").items()}
+        _attach(lm, name, Extension(**structure, layers=layers), placement)
+        structure["layers"] = {index: asdict(layer) for index, layer in layers.items()}
     own = {key: value for key, value in tensors.items() if not key.startswith("connectors.")}
     load_extension_state(lm, own, names)
     lm.requires_grad_(False)
@@ -208,22 +217,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _attach(lm: PreTrainedModel, name: str, extension: dict, placement: Placement) -> None:
-    layers = {int(index): Layer(**layer) for index, layer in extension["layers"].items()}
+def _attach(lm: PreTrainedModel, name: str, extension: Extension, placement: Placement) -> None:
     for shares in (False, True):
         plans = [
-            LayerPlan(index, layer.num_new, layer.shared_with)
-            for index, layer in layers.items()
-            if bool(layer.shared_with) is shares
+            LayerPlan(int(index), layer.num_new, layer.sources)
+            for index, layer in extension.layers.items()
+            if layer.shares_slots is shares
         ]
         settings = ExtensionConfig(
             name=name,
-            scope=Scope(extension["scope"]),
+            scope=Scope(extension.scope),
             placement=placement,
-            calibration=CalibrationKind(extension["calibration"]),
-            row_init=RowInit.clone_shared if shares else RowInit.zero,
+            calibration=CalibrationKind(extension.calibration),
+            row_init=RowInit.clone_shared if shares else RowInit.clone,
+            expert_type=ExpertType(extension.expert_type),
+            lora_rank=extension.lora_rank,
+            lora_alpha=extension.lora_alpha,
         )
-        modalities = tuple(extension["modalities"])
+        modalities = tuple(extension.modalities)
         attach_extension(lm, name, plans, settings, modalities=modalities)
 
 

@@ -17,11 +17,12 @@ from transformers import AutoConfig, PreTrainedModel
 from moe_ext.config import Scope
 from moe_ext.export import refuse_existing, sync
 from moe_ext.model.checkpoint_files import publish_folder, save_tensors
-from moe_ext.model.experts import NewBank
+from moe_ext.model.experts import Bank
 from moe_ext.model.families import LAYER_PREFIX, Family, sparse_layers
 from moe_ext.model.files import Checkpoint
 from moe_ext.model.layouts import ExpertTensors
 from moe_ext.model.load import BaseExperts, BaseInfo, views_of
+from moe_ext.model.lora import LoraBank
 from moe_ext.model.moe import ExtendedMoE, extended_layers
 from moe_ext.model.routing import NewRows
 from moe_ext.model.state import extension_keys, extension_state
@@ -155,9 +156,9 @@ def _reader(
     experts: BaseExperts, block: ExtendedMoE, index: int, dtype: torch.dtype
 ) -> Callable[[int], ExpertTensors]:
     """Logical expert -> its numbers: frozen ones from the base's files, new ones from the model."""
-    new: list[tuple[NewBank, int]] = []
+    new: list[tuple[Bank, int]] = []
     for bank in block.new.values():
-        assert isinstance(bank, NewBank)
+        assert isinstance(bank, Bank)
         new += [(bank, slot) for slot in range(len(bank.expert_ids))]
 
     def read(expert: int) -> ExpertTensors:
@@ -165,7 +166,12 @@ def _reader(
             stored = experts.read(index, expert)
         elif expert - block.num_frozen < len(new):
             bank, slot = new[expert - block.num_frozen]
-            stored = ExpertTensors(**views_of(bank, slot)).map(lambda view: view.detach().cpu())
+            views = views_of(bank, slot)
+            if isinstance(bank, LoraBank):
+                gate_up, down = bank.merged(slot)
+                gate, up = gate_up.chunk(2)
+                views |= {"gate": gate, "up": up, "down": down}
+            stored = ExpertTensors(**views).map(lambda view: view.detach().cpu())
         else:  # padding: never chosen
             stored = experts.read(index, 0).map(torch.zeros_like)
         return stored.map(lambda value: value.to(dtype))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moe_ext.config import CalibrationKind, ExtensionConfig, Placement, RowInit, Scope
+from moe_ext.config import CalibrationKind, ExpertType, ExtensionConfig, Placement, RowInit, Scope
 from moe_ext.export import load_extension, save_extension
 from moe_ext.export_hf import export_uniform
 from moe_ext.model.connectors import Connector
@@ -64,10 +64,13 @@ def _new_rows(lm) -> list[NewRows]:
     return [rows for b in extended_layers(lm).values() for rows in b.router.rows.values()]
 
 
+@pytest.mark.parametrize("expert_type", list(ExpertType))
 @pytest.mark.parametrize("model_type", sorted(TINY))
-def test_a_saved_extension_loads_into_the_base_as_the_live_model(bases, model_type, tmp_path):
+def test_a_saved_extension_loads_into_the_base_as_the_live_model(
+    bases, model_type, expert_type, tmp_path
+):
     base = bases(model_type)
-    lm = _extended(base, scope=Scope.preserve)
+    lm = _extended(base, scope=Scope.preserve, expert_type=expert_type, lora_rank=3)
     folder = save_extension(lm, tmp_path / "extension", notes={"steps": 3})
 
     again = load_base(base, dtype=torch.float32)
@@ -153,9 +156,9 @@ def test_sharded_experts_of_other_ranks_are_not_forgotten(bases, tmp_path):
     assert not (tmp_path / "extension").exists()
 
 
-def _exact(folder, counts=None):
+def _exact(folder, counts=None, **changes):
     """An extension that the architecture itself can express."""
-    lm = _extended(folder, counts, calibration=CalibrationKind.none)
+    lm = _extended(folder, counts, calibration=CalibrationKind.none, **changes)
     for rows in _new_rows(lm):
         if next(iter(extended_layers(lm).values())).router.frozen_bias is None:
             rows.bias.data.zero_()
@@ -175,6 +178,15 @@ def test_transformers_computes_what_the_live_model_does(bases, model_type, tmp_p
     assert (_logits(theirs) - expected).abs().max() < 1e-5 * expected.abs().max()
     plain = AutoModelForCausalLM.from_pretrained(bases(model_type), dtype=torch.float32)
     assert (_logits(plain) - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+def test_low_rank_experts_are_merged(bases, model_type, tmp_path):
+    lm = _exact(bases(model_type), expert_type=ExpertType.lora, lora_rank=2)
+    assert export_uniform(lm, tmp_path / "hf") == []
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    expected = _logits(lm)
+    assert (_logits(theirs) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "ernie4_5_moe", "deepseek_v3"])

@@ -254,6 +254,8 @@ class Bank(nn.Module):
         self.num_experts, self.placement = num_experts, placement
         self.first_held = expert_ids[0] if expert_ids else 0
         """Logical id, in the layer, of the first expert held here; the layer sets it."""
+        self.sources: list[int] = []
+        """The frozen expert that each of a new bank's experts started from."""
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of the bank, for the experts held here."""

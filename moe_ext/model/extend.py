@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_ext.config import CalibrationKind, ExpertInit, ExpertType, ExtensionConfig, RowInit
-from moe_ext.model.experts import Bank, NewBank
+from moe_ext.model.experts import Bank, FrozenBank, NewBank
 from moe_ext.model.files import Checkpoint, base_sha256
-from moe_ext.model.layouts import ExpertTensors
 from moe_ext.model.load import BaseExperts, BaseInfo, fill_expert, load_base
+from moe_ext.model.lora import LoraBank
 from moe_ext.model.moe import ExtendedMoE, extended_layers
 from moe_ext.model.placement import owners
-from moe_ext.model.routing import Calibration, NewRows, Router
+from moe_ext.model.routing import Calibration, NewRows
+from moe_ext.model.start import start_expert, start_rows
 from moe_ext.model.state import extension_state, load_extension_state
 
 __all__ = [
@@ -79,16 +80,20 @@ def add_extension(
     for plan in plans:
         block = blocks[plan.layer]
         bank, rows = block.new[name], block.router.rows[name]
-        assert isinstance(bank, NewBank)
+        assert isinstance(bank, Bank)
         assert isinstance(rows, NewRows)
         with torch.no_grad():
             for slot, expert in enumerate(bank.expert_ids):
-                source = experts.read(plan.layer, plan.sources[expert])
                 stream = torch.Generator().manual_seed(_seed(seed, plan.layer, expert))
-                weights = _start_expert(source, settings, stream)
+                if isinstance(bank, LoraBank):
+                    bank.start(slot, stream)
+                    continue
+                source = experts.read(plan.layer, plan.sources[expert])
+                weights = start_expert(source, settings, stream)
                 fill_expert(bank, slot, weights, f"layer {plan.layer} expert {expert} of {name}")
             domain = None if modality_rows is None else modality_rows.get(plan.layer)
-            _start_rows(rows, block.router, plan, settings.row_init, domain)
+            init = settings.row_init
+            start_rows(rows, block.router, plan.sources, plan.bias, init, domain)
 
 
 def attach_extension(
@@ -100,16 +105,25 @@ def attach_extension(
     modalities: tuple[int, ...] = (1,),
     seed: int = 0,
 ) -> None:
-    """Add the extension's modules with zero experts and rows, for a state that is loaded next."""
+    """Add the extension's modules with zero parameters, for a state that is loaded next."""
     info: BaseInfo = lm.base_info  # type: ignore[assignment]
     blocks = extended_layers(lm)
     for plan in plans:
         block = blocks[plan.layer]
         device, shape = block.frozen.gate_up.device, block.frozen.shape
         held = owners(plan.num_new, info.ep_size, settings.placement)[info.ep_rank]
-        bank = NewBank(
-            shape, held, plan.num_new, settings.placement, dtype=info.dtype, device=device
-        )
+        sizes = (shape, held, plan.num_new, settings.placement)
+        bank: NewBank | LoraBank
+        if settings.expert_type is ExpertType.lora:
+            rank, alpha = settings.lora_rank, settings.lora_alpha
+            bank = LoraBank(*sizes, rank=rank, alpha=alpha, dtype=info.dtype, device=device)
+            experts = BaseExperts(Checkpoint(info.path), info.family, list(blocks))
+            for slot, expert in enumerate(held):
+                source = experts.read(plan.layer, plan.sources[expert])
+                fill_expert(bank, slot, source, f"layer {plan.layer} source of expert {expert}")
+        else:
+            bank = NewBank(*sizes, dtype=info.dtype, device=device)
+        bank.sources = list(plan.sources)
         calibration = None
         if settings.calibration is not CalibrationKind.none:
             calibration = Calibration(
@@ -158,7 +172,7 @@ def announce(model: nn.Module) -> str:
     counts = {"frozen experts": 0, "frozen routers": 0, "new experts": 0}
     trains = dict.fromkeys(counts, 0)
     for bank in banks:
-        part = "new experts" if isinstance(bank, NewBank) else "frozen experts"
+        part = "frozen experts" if isinstance(bank, FrozenBank) else "new experts"
         size = _expert_size(bank) * bank.num_experts
         counts[part] += size
         trains[part] += size if any(p.requires_grad for p in bank.parameters()) else 0
@@ -194,7 +208,10 @@ def _part(path: str) -> str:
 
 
 def _expert_size(bank: Bank) -> int:
+    """Parameters of one expert; of a low-rank one what it adds to its source."""
     shape = bank.shape
+    if isinstance(bank, LoraBank):
+        return 3 * bank.rank * (shape.hidden_dim + shape.intermediate_dim)
     size = 3 * shape.hidden_dim * shape.intermediate_dim
     return size + (2 * shape.intermediate_dim + shape.hidden_dim if shape.bias else 0)
 
@@ -213,8 +230,11 @@ def _check(
     """Everything that can be wrong, before a layer is touched."""
     if not name or "." in name:
         raise ValueError(f"extension.name={name!r} must be a non-empty word without dots")
-    if settings.expert_type is not ExpertType.full:
-        raise ValueError(f"extension.expert_type={settings.expert_type.value} is not available yet")
+    if settings.expert_type is ExpertType.lora and settings.expert_init is not ExpertInit.copy:
+        raise ValueError(
+            f"extension.expert_init={settings.expert_init.value} has no meaning with "
+            "extension.expert_type=lora, which starts as its source; use copy"
+        )
     if len({plan.layer for plan in plans}) < len(plans):
         raise ValueError(f"extension.layers={[plan.layer for plan in plans]} names a layer twice")
     for plan in plans:
@@ -257,58 +277,3 @@ def _check(
 
 def _seed(seed: int, layer: int, expert: int) -> int:
     return (seed * 1_000_003 + layer) * 1_000_003 + expert
-
-
-def _start_expert(
-    source: ExpertTensors, settings: ExtensionConfig, stream: torch.Generator
-) -> ExpertTensors:
-    """A new expert's first weights from its source's, fp32 or as stored."""
-    if settings.expert_init is ExpertInit.copy:
-        return source
-    drop = settings.expert_init is ExpertInit.drop_upcycle
-    wide = source.gate.shape[0]
-    # Drop-Upcycling (arXiv 2502.19261): the same neurons of all three matrices are drawn anew, each
-    # from the mean and deviation of the source's own matrix. `random` draws all, around zero.
-    count = round(settings.drop_ratio * wide) if drop else wide
-    neurons = torch.randperm(wide, generator=stream)[:count]
-
-    def drawn(value: Tensor, dim: int) -> Tensor:
-        value = value.float().clone()
-        mean = value.mean() if drop else 0.0
-        size = list(value.shape)
-        size[dim] = count
-        noise = torch.randn(size, generator=stream) * value.std() + mean
-        return value.index_copy_(dim, neurons, noise.to(value.device))
-
-    def zeroed(bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else bias.float().index_fill(0, neurons, 0.0)
-
-    return ExpertTensors(
-        drawn(source.gate, 0),
-        drawn(source.up, 0),
-        drawn(source.down, 1),
-        zeroed(source.gate_bias),
-        zeroed(source.up_bias),
-        source.down_bias if drop or source.down_bias is None else source.down_bias.float() * 0.0,
-    )
-
-
-def _start_rows(
-    rows: NewRows, router: Router, plan: LayerPlan, init: RowInit, domain: Tensor | None
-) -> None:
-    """First router rows and biases, one a new expert (see `RowInit`)."""
-    frozen, bias = router.frozen_weight.float(), router.frozen_bias
-    own_bias = torch.tensor(plan.bias or [0.0] * plan.num_new, device=frozen.device)
-    if init in (RowInit.clone, RowInit.clone_shared):
-        rows.weight.copy_(frozen[plan.sources])
-        own_bias = own_bias if bias is None else own_bias + bias[plan.sources].float()
-    elif init is RowInit.mean:
-        rows.weight.copy_(frozen.mean(0).expand_as(rows.weight))
-        own_bias = own_bias if bias is None else own_bias + bias.float().mean()
-    elif init is RowInit.domain:
-        # FlexOlmo's domain embedding; brought to the frozen rows' mean length, so that its logits
-        # are of the same size as theirs
-        assert domain is not None
-        direction = nn.functional.normalize(domain.float().to(frozen.device), dim=0)
-        rows.weight.copy_((frozen.norm(dim=1).mean() * direction).expand_as(rows.weight))
-    rows.bias.copy_(own_bias)

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from moe_ext.config import Placement
 from moe_ext.model.dispatch import Liveness, dispatch
-from moe_ext.model.experts import NO_EXPERT, Bank, FrozenBank, NewBank
+from moe_ext.model.experts import NO_EXPERT, Bank, FrozenBank
 from moe_ext.model.placement import owners
 from moe_ext.model.routing import ContextHolder, NewRows, Router, text_context
 
@@ -62,7 +62,7 @@ class ExtendedMoE(nn.Module):
         """The frozen bank, then the new ones in the order of their logical ids."""
         return [self.frozen, *self.new.values()]  # type: ignore[list-item]
 
-    def add_bank(self, name: str, bank: NewBank, rows: NewRows) -> None:
+    def add_bank(self, name: str, bank: Bank, rows: NewRows) -> None:
         """Append an extension's experts; their logical ids follow all present ones.
 
         Raises:

@@ -1,6 +1,6 @@
 """An extension's tensors by keys that do not depend on ranks, other extensions or the base's names.
 
-`layers.{layer}.{extension}.experts.{expert}.gate_up`, `.down` and biases; `...rows.weight`,
+`layers.{layer}.{extension}.experts.{expert}.gate_up` and the other parameters of its bank; `...rows.weight`,
 `...rows.bias`; `...calibration.w1`. `expert` counts the extension's own experts of that layer.
 """
 
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from moe_ext.model.experts import Bank
 from moe_ext.model.moe import ExtendedMoE, extended_layers
-
-_BANK_TENSORS = ("gate_up", "down", "gate_up_bias", "down_bias")
 
 
 def extension_state(lm: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -26,9 +24,8 @@ def extension_state(lm: nn.Module, names: Iterable[str] | None = None) -> dict[s
             prefix = f"layers.{layer}.{name}"
             bank = _bank(block, name)
             for slot, expert in enumerate(bank.expert_ids):
-                for part in _BANK_TENSORS:
-                    if (tensor := getattr(bank, part)) is not None:
-                        state[f"{prefix}.experts.{expert}.{part}"] = tensor.detach()[slot]
+                for part, stack in bank.named_parameters():
+                    state[f"{prefix}.experts.{expert}.{part}"] = stack.detach()[slot]
             for path, parameter in block.router.rows[name].named_parameters():
                 group = "" if path.startswith("calibration.") else "rows."
                 state[f"{prefix}.{group}{path}"] = parameter.detach()
@@ -42,7 +39,7 @@ def extension_keys(lm: nn.Module, names: Iterable[str] | None = None) -> set[str
         for name in _present(block, names):
             prefix = f"layers.{layer}.{name}"
             bank = _bank(block, name)
-            parts = [part for part in _BANK_TENSORS if getattr(bank, part) is not None]
+            parts = [part for part, _ in bank.named_parameters()]
             keys |= {
                 f"{prefix}.experts.{expert}.{part}"
                 for expert in range(bank.num_experts)
