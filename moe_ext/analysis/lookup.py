@@ -9,9 +9,12 @@ Shape letters: N training pairs, I held-out images, C candidate captions, F feat
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_ext.analysis.heldout import Item
@@ -39,6 +42,16 @@ def pooled_features(
             features = model.features(build.modality_id, pixels.to(device))
             pooled[rows[:own]] = features.float().mean(1).cpu()
     return ranks.add(pooled)
+
+
+def load_lookup(path: Path, decode: Callable[[list[int]], str]) -> tuple[Tensor, list[str]]:
+    """Training features (N, F) and their captions, from the file that the connector's start left.
+
+    The file holds `features` and `captions`: token ids, filled up with -1.
+    """
+    tensors = load_file(path)
+    captions = [decode([t for t in row if t >= 0]).strip() for row in tensors["captions"].tolist()]
+    return tensors["features"].float(), captions
 
 
 def lookup_result(

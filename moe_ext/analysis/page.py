@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from html import escape
 
+FROZEN, NEW, QUIET = "var(--frozen)", "var(--new)", "var(--soft)"
+"""Colours: of everything pretrained, of everything training added, of references."""
+
 STYLE = """
 :root { color-scheme: light dark;
   --page:#f6f7fb; --panel:#ffffff; --ink:#151a2d; --soft:#5b6480; --line:#e3e6f0; --track:#eef0f7;
@@ -130,3 +133,8 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
     return '<div class="legend">' + "".join(
         f'<span><i style="background:{color}"></i>{escape(name)}</span>' for color, name in entries
     ) + "</div>"  # fmt: skip
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as text, its sign kept on the line by a narrow space."""
+    return f"{100 * share:.{digits}f}\u202f%"

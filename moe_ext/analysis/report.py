@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_ext.analysis import charts, page
+from moe_ext.analysis.page import NEW, QUIET, percent
+from moe_ext.analysis.report_training import experts, probe, stages, training
 from moe_ext.analysis.run_folder import Run, load_run
-from moe_ext.analysis.summary import SPLITS, peak_memory, stage_cells, summarise, write_summary
-
-FROZEN, NEW, QUIET = "var(--frozen)", "var(--new)", "var(--soft)"
+from moe_ext.analysis.summary import SPLITS, peak_memory, summarise, write_summary
 
 
 def write_report(folder: Path | str) -> Path:
@@ -28,10 +28,10 @@ def report(run: Run) -> str:
         _captions(run, summary),
         _gallery(run),
         _text(summary),
-        _losses(run),
-        _probe(run),
-        _experts(run),
-        _stages(run, summary),
+        training(run),
+        probe(run),
+        experts(run),
+        stages(run, summary),
         _footer(run),
     )
     return page.page(f"{run.name} · moe_ext", "\n".join(part for part in sections if part))
@@ -65,8 +65,8 @@ def _cards(run: Run, summary: dict[str, Any]) -> list[str]:
     cards = []
     if held := summary.get("heldout"):
         count = held["candidates"]
-        note = f"of {count} held-out captions for an image; chance {_percent(1 / count)}"
-        cards.append(page.card("retrieval@1", _percent(held["retrieval_at_1"]), note, "new"))
+        note = f"of {count} held-out captions for an image; chance {percent(1 / count)}"
+        cards.append(page.card("retrieval@1", percent(held["retrieval_at_1"]), note, "new"))
         gap = held["nll_wrong"] - held["nll_right"]
         note = f"nats a caption: {held['nll_right']:.1f} with the right image, {held['nll_wrong']:.1f} with a wrong one"
         cards.append(page.card("worth of the image", f"{gap:.1f} <small>nats</small>", note, "new"))
@@ -84,7 +84,7 @@ def _cards(run: Run, summary: dict[str, Any]) -> list[str]:
     if trained:
         last = trained[-1]
         count, total = last["trainable_parameters"], last["total_parameters"]
-        note = f"{_percent(count / total)} of {total / 1e6:,.0f} M parameters"
+        note = f"{percent(count / total)} of {total / 1e6:,.0f} M parameters"
         cards.append(page.card("trained", f"{count / 1e6:.1f} <small>M</small>", note, "frozen"))
     if run.stages:
         memory = peak_memory(run)
@@ -114,7 +114,7 @@ def _captions(run: Run, summary: dict[str, Any]) -> str:
             tones.append("strong" if key == "image_to_caption" else "")
         if neighbour := full.get("nearest_neighbour"):
             name = "&emsp;look-up: caption of the encoder’s nearest training image"
-            rows.append([name, _percent(neighbour["at_1"]), _percent(neighbour["at_5"])])
+            rows.append([name, percent(neighbour["at_1"]), percent(neighbour["at_5"])])
             tones.append("quiet")
         if alone := run.evaluation.get(f"{split}_connector_only"):
             r = alone["image_to_caption"]
@@ -127,7 +127,7 @@ def _captions(run: Run, summary: dict[str, Any]) -> str:
             )
             tones.append("quiet")
         count = flat["candidates"]
-        rows.append(["&emsp;chance", _percent(1 / count), _percent(5 / count)])
+        rows.append(["&emsp;chance", percent(1 / count), percent(5 / count)])
         tones.append("quiet")
     bars, nats = _caption_bars(run, summary, splits)
     matrix = run.evaluation[splits[0]].get("score_IC")
@@ -234,98 +234,6 @@ def _text(summary: dict[str, Any]) -> str:
     )
 
 
-def _losses(run: Run) -> str:
-    tokens: list[str] = []
-    others: list[str] = []
-    for stage, records in run.steps.items():
-        names = list(dict.fromkeys(name for record in records for name in record.get("loss", {})))
-        for name in names:
-            points = [(r["step"], r["loss"][name]) for r in records if name in r.get("loss", {})]
-            regular = name.startswith(("balance", "z"))
-            x, y = zip(*points, strict=True)
-            line = charts.Line(name, x, y, QUIET if regular else NEW)
-            if any(line.y):
-                chart = page.panel(
-                    f"{stage}: {name} loss", charts.line_chart([line], "step", 360, 220)
-                )
-                (others if regular else tokens).append(chart)
-    if not tokens + others:
-        return ""
-    lead = "Caption loss in nats a target token; a balance loss of 1 is an even load. Faint: each step. Bold: moving average."
-    rows = [page.grid("three", group) for group in (tokens, others) if group]
-    return page.section("Training", lead, page.stack(rows))
-
-
-def _probe(run: Run) -> str:
-    layers = run.probe.get("layers", [])
-    if not layers:
-        return ""
-    plans = {plan["layer"]: plan for plan in run.probe.get("plans", [])}
-    bars = [
-        charts.Bar(str(layer["layer"]), layer["shift"], 0, NEW if layer["chosen"] else FROZEN,
-                   "chosen" if layer["chosen"] else "")
-        for layer in layers
-    ]  # fmt: skip
-    rows = []
-    for layer in layers:
-        if (plan := plans.get(layer["layer"])) is None:
-            continue
-        step0 = plan.get("step0", {})
-        rows.append([
-            f"layer {layer['layer']}", f"{layer['shift']:.4f}",
-            ", ".join(str(e) for e in plan["sources"]), str(layer["source_before"]),
-            ", ".join(f"{b:+.3f}" for b in plan["bias"]),
-            *(_percent(step0[name]) if name in step0 else "" for name in ("affected_share", "evicted_share", "new_share")),
-        ])  # fmt: skip
-    head = ["chosen layer", "shift", "source expert", "most selected before", "row bias",
-            "tokens affected at step 0", "first choices evicted", "selections by new experts"]  # fmt: skip
-    lead = (
-        f"Only router differences were trained, then discarded. Shift: standard deviation over experts of the change in"
-        f" selection share on {run.probe.get('samples', 0):,} held-out samples’ image tokens. The top"
-        f" {_percent(run.probe.get('layer_share', 0.5), 0)} of the sparse layers get new experts, each a clone of the"
-        " expert most selected after the router’s training."
-    )
-    marks = page.legend([(NEW, "chosen"), (FROZEN, "left as it is")])
-    chart = page.panel("", marks, charts.column_chart(bars, "decoder layer"))
-    parts = [chart, page.panel("", page.table(head, rows))] if rows else [chart]
-    return page.section("Which layers the probe chose", lead, page.stack(parts))
-
-
-def _experts(run: Run) -> str:
-    trained = run.evaluation.get("experts", {}).get("trained")
-    if not trained or not trained["layers"]:
-        return ""
-    layers = trained["layers"]
-    panels = []
-    for group in dict.fromkeys(name for layer in layers for name in layer["count"]):
-        shares = []
-        for layer in layers:
-            count = layer["count"].get(group, [])
-            shares.append([c / (sum(count) or 1) for c in count])
-        names = [str(layer["layer"]) for layer in layers]
-        heat = charts.heatmap(shares, names, [layer["num_frozen"] for layer in layers])
-        panels.append(page.panel(group, heat))
-    lead = (
-        "Percent of a layer’s selections that each expert gets, after training. Rows are decoder layers, columns"
-        " experts; new experts stand last."
-    )
-    marks = page.legend([(FROZEN, "pretrained, frozen"), (NEW, "new")])
-    return page.section("Who does the work", lead, marks, page.grid("three", panels))
-
-
-def _stages(run: Run, summary: dict[str, Any]) -> str:
-    if not run.stages:
-        return ""
-    rows = [[f"<b>{escape(cells[0])}</b>", *cells[1:]] for cells in map(stage_cells, run.stages)]
-    memory = peak_memory(run)
-    gib = f"{max(memory) / 2**30:.2f} GiB" if memory else ""
-    rows.append(["together", "", f"{summary['training_minutes']:.1f}", "", gib, ""])
-    head = ["stage", "steps", "minutes", "tokens/s", "peak memory a rank", "trainable parameters"]
-    lead = "Each stage builds a fresh engine and publishes its own checkpoint; the chain resumes where it stopped."
-    tones = [""] * len(run.stages) + ["strong"]
-    return page.section("Stages", lead, page.panel("", page.table(head, rows, tones)))
-
-
 def _footer(run: Run) -> str:
     notes = [
         "± is the standard error over candidates. Retrieval image → caption is length-fair: a caption’s score is its"
@@ -340,9 +248,5 @@ def _footer(run: Run) -> str:
     return "<footer>" + "".join(f"<p>{note}</p>" for note in notes) + "</footer>"
 
 
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}\u202f%"
-
-
 def _with_error(result: dict[str, float], key: str) -> str:
-    return f"{_percent(result[key])} <small>± {100 * result[f'{key}_error']:.1f}</small>"
+    return f"{percent(result[key])} <small>± {100 * result[f'{key}_error']:.1f}</small>"

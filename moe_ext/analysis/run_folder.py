@@ -7,8 +7,9 @@ metrics.jsonl    one JSON object a line, written by rank 0; `event` says what it
                   line counts
     stage        one a finished stage, work outside of training (upcycle, evaluate) included:
                   {"stage", "kind", "steps", "minutes", "tokens_per_s", "trainable_parameters",
-                  "total_parameters", "peak_memory_bytes": [one a rank]}; the last line of a stage counts
-probe.json       the probe's manifest (`probe.py` has its schema)
+                  "total_parameters", "peak_memory_bytes": [one a rank]}; the last line of a stage
+                  counts, but the minutes of preparation (kind "prepare") add up over starts
+    probe.json       the probe's manifest (`probe.py` has its schema)
 evaluation.json  parts, each written when it is known (`record_evaluation`):
     text_before, text_after, text_joint   `evaluate.TextResult`: base, trained model, and the trained
                   model with its new experts open to every token
@@ -63,6 +64,8 @@ def load_run(folder: Path | str) -> Run:
         if event == "step" and "stage" in record and "step" in record:
             steps.setdefault(record["stage"], {})[int(record["step"])] = record
         elif event == "stage":
+            if record.get("kind") == "prepare" and (earlier := stages.get(record["stage"])):
+                record["minutes"] += earlier["minutes"]
             stages[record["stage"]] = record
     return Run(
         folder=folder,

@@ -39,11 +39,14 @@ def write_run(folder: Path, seed: int = 0, num_experts: int = 4) -> Path:
         for step in range(1, steps + 1):
             loss = end + (start - end) * np.exp(-4 * step / steps) + rng.normal(0, 0.12)
             record = {"stage": stage, "step": step, "time_s": 1.1 * step, "grad_norm": 1.0, "learning_rate": 1e-3,
-                      "tokens_per_s": 410.0, "data_wait_s": 0.01, "loss": {"caption": float(loss)}}  # fmt: skip
+                      "tokens_per_s": 410.0, "data_wait_s": 0.01, "loss": {"nll": float(loss)}}  # fmt: skip
             if stage != "align":
                 record["loss"]["balance"] = float(
                     1.02 + 0.3 * np.exp(-step / 30) + rng.normal(0, 0.01)
                 )
+            if stage == "tune":
+                share = 0.33 - 0.2 * np.exp(-step / 60) + rng.normal(0, 0.01)
+                record["new_share"] = {"image": float(share), "text": float(0.8 * share)}
             lines.append(record)
     trainable = {"align": 2_886_208, "probe": 23_040, "tune": 16_161_889}
     for stage, kind, steps, minutes, speed in (

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ext.analysis import gaps, probe, selections
 from moe_ext.analysis.heldout import pair_batch
+from moe_ext.analysis.reduce import Ranks
 from moe_ext.analysis.text import text_batch
 from moe_ext.config import ExtensionConfig, RowInit, Scope
 from moe_ext.model.extend import add_extension
@@ -16,6 +17,7 @@ from moe_ext.model.moe import extended_layers
 from moe_ext.model.routing import RoutingRule, text_context
 from tests.analysis.small import extend, make_build, make_items, make_model, save_base
 from tests.model.layers import DIM, Weights, build
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +231,45 @@ def test_impossible_requests_are_named(base, items):
     counts = measured.selections.count_LGX[2, selections.IMAGE, :6]
     assert sorted(counts[plan["sources"]].tolist()) == sorted(counts.tolist())[-2:]
     assert plan["step0"]["affected_share"] <= 0.25
+
+
+def probe_manifest(base, items, rank: int = 0, size: int = 1, together: int = 3):
+    """The manifest from this rank's share of the batches; the "after" has shifted routers."""
+    import torch.distributed as dist
+
+    group = dist.group.WORLD if size > 1 else None
+    model = make_model(base, ep_rank=rank, ep_size=size, ep_group=group)
+    build_sample, ranks = make_build(), Ranks(rank, size)
+    groups = [items[i : i + together] for i in range(0, len(items), together)][rank::size]
+    own = [pair_batch(build_sample, group) for group in groups]
+    before = gaps.measure(model, own, modality=1, ranks=ranks)
+    for layer in extended_layers(model.lm).values():
+        generator = torch.Generator().manual_seed(layer.layer_index)
+        layer.router.add_delta()
+        layer.router.delta.data += 0.4 * torch.randn(layer.router.delta.shape, generator=generator)
+    after = gaps.measure(model, own, ranks=ranks)
+    manifest = probe.make_manifest(
+        before, after, extension="vision", base_sha256="ab", modality=1, samples=len(items),
+        layer_share=0.7, num_new=2, affected_share=0.4, ranks=ranks,
+    )  # fmt: skip
+    return manifest, before.mean_input
+
+
+def probe_on_rank(base, items):
+    import torch.distributed as dist
+
+    return probe_manifest(base, items, dist.get_rank(), dist.get_world_size())
+
+
+def test_two_ranks_find_what_one_finds(base, tmp_path):
+    items = make_items(tmp_path, 12)
+    one, mean_input = probe_manifest(base, items)
+    (two, other_mean), (other, _) = run_ranks(probe_on_rank, 2, base, items)
+    assert two == other
+    assert two["layers"] == one["layers"]
+    for ours, theirs in zip(two["plans"], one["plans"], strict=True):
+        assert ours["bias"] == pytest.approx(theirs["bias"], abs=1e-5)
+        assert ours["step0"] == theirs["step0"]
+        assert ours["sources"] == theirs["sources"]
+    for layer, mean in mean_input.items():
+        torch.testing.assert_close(other_mean[layer], mean)

@@ -114,7 +114,7 @@ def test_changed_text_is_said_loudly(tmp_path):
 def test_unfinished_run_has_a_report(tmp_path):
     write_json(tmp_path / "config.json", {"name": "young"})
     lines = [
-        {"stage": "align", "step": 1, "loss": {"caption": 3.0}},
+        {"stage": "align", "step": 1, "loss": {"nll": 3.0}},
         {"stage": "align", "step": 2, "loss": {}},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -128,17 +128,19 @@ def test_unfinished_run_has_a_report(tmp_path):
 
 def test_later_lines_win_and_half_a_line_is_skipped(tmp_path):
     lines = [
-        {"stage": "tune", "step": 1, "loss": {"caption": 5.0}},
-        {"stage": "tune", "step": 2, "loss": {"caption": 4.0}},
-        {"stage": "tune", "step": 2, "loss": {"caption": 3.5}},  # resumed
+        {"stage": "tune", "step": 1, "loss": {"nll": 5.0}},
+        {"stage": "tune", "step": 2, "loss": {"nll": 4.0}},
+        {"stage": "tune", "step": 2, "loss": {"nll": 3.5}},  # resumed
         {"event": "stage", "stage": "tune", "minutes": 1.0},
         {"event": "stage", "stage": "tune", "minutes": 2.0},
         {"event": "stage", "stage": "evaluate", "minutes": 0.5},
+        {"event": "stage", "stage": "prepare", "kind": "prepare", "minutes": 1.0},
+        {"event": "stage", "stage": "prepare", "kind": "prepare", "minutes": 0.25},
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"stage": "tu')
     run = load_run(tmp_path)
-    assert [record["loss"]["caption"] for record in run.steps["tune"]] == [5.0, 3.5]
-    assert summarise(run)["training_minutes"] == 2.5
+    assert [record["loss"]["nll"] for record in run.steps["tune"]] == [5.0, 3.5]
+    assert summarise(run)["training_minutes"] == 3.75
 
 
 def test_terminal_table_fits_and_tells(folder, tmp_path):
