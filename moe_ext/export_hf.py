@@ -20,7 +20,7 @@ from moe_ext.model.checkpoint_files import publish_folder, save_tensors
 from moe_ext.model.experts import Bank
 from moe_ext.model.families import LAYER_PREFIX, Family, sparse_layers
 from moe_ext.model.files import Checkpoint
-from moe_ext.model.layouts import ExpertTensors
+from moe_ext.model.layouts import ExpertTensors, Stacked
 from moe_ext.model.load import BaseExperts, BaseInfo, views_of
 from moe_ext.model.lora import LoraBank
 from moe_ext.model.moe import ExtendedMoE, extended_layers
@@ -72,6 +72,8 @@ def export_uniform(
                 shutil.copy(file, partial)
         config = AutoConfig.from_pretrained(info.path)
         setattr(config, info.family.experts_key, total)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         config.dtype = info.dtype
         config.save_pretrained(partial)
         sync(partial)
@@ -147,8 +149,11 @@ def _uniform_tensors(
         if key not in replaced:
             value = checkpoint.tensor(key)
             yield key, value.to(info.dtype) if value.is_floating_point() else value
+    # a quantised layout is only read: plain numbers go out in the architecture's first one
+    quantised = isinstance(experts.layout, Stacked) and experts.layout.mxfp4
+    layout = family.layouts[0] if quantised else experts.layout
     for index, (prefix, read) in sparse.items():
-        yield from experts.layout.write(prefix, total, read).items()
+        yield from layout.write(prefix, total, read).items()
         yield from _router_tensors(checkpoint, family, blocks[index], prefix, total)
 
 

@@ -7,6 +7,7 @@ holds nothing but facts about the architecture; the loading, the surgery and the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,6 +93,14 @@ _W123 = PerExpert(
 )
 # What transformers 5 holds in memory, and writes with `save_original_format=False`.
 _STACKED = Stacked("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_GPT_OSS = partial(
+    Stacked,
+    "mlp.experts.gate_up_proj",
+    "mlp.experts.down_proj",
+    "mlp.experts.gate_up_proj_bias",
+    "mlp.experts.down_proj_bias",
+    interleaved=True,
+)
 _GATED_SHARED_RENAMES = (
     (r"\.mlp\.shared_expert\.", ".mlp.shared.expert."),
     (r"\.mlp\.shared_expert_gate\.", ".mlp.shared.gate."),
@@ -264,14 +273,8 @@ FAMILIES: dict[str, Family] = {
             limit=config.swiglu_limit,
         ),
         layouts=(
-            Stacked(
-                "mlp.experts.gate_up_proj",
-                "mlp.experts.down_proj",
-                "mlp.experts.gate_up_proj_bias",
-                "mlp.experts.down_proj_bias",
-                transposed=True,
-                interleaved=True,
-            ),
+            _GPT_OSS(transposed=True),
+            _GPT_OSS(mxfp4=True),
         ),
         router=RouterKeys(("mlp.router.weight",), bias=("mlp.router.bias",)),
         returns_tuple=True,

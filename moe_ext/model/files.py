@@ -12,26 +12,34 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from moe_ext.model.quantised import fp8_block, unpack_fp8
+
 _log = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_FP8_FACTOR = "_scale_inv"
 _HASH_CACHE = ".moe_ext_sha256.json"
 
 
 class Checkpoint:
     """A Hugging Face folder of safetensors files, one or sharded with an index; read by key and row.
 
-    Tensors are views of the mapped files: copy them, never write to them.
+    Tensors are views of the mapped files: copy them, never write to them. FP8 weights come out
+    multiplied by their factors, in fp32; the factors themselves are no keys.
 
     Raises:
-        ValueError: the folder or one of its files is missing, or a tensor is not in it.
+        ValueError: the folder or one of its files is missing, a tensor is not in it, or it is
+            quantised in a form that cannot be read.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.file_of = self._find_files()
         self._open: dict[str, Any] = {}
+        config = self.path / "config.json"
+        known = json.loads(config.read_text()) if config.is_file() else {}
+        self._fp8_block = fp8_block(known.get("quantization_config"), str(path))
 
     def _find_files(self) -> dict[str, str]:
         """Key -> name of the file that holds it."""
@@ -63,7 +71,7 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[str]:
         """Every key, sorted."""
-        return iter(sorted(self.file_of))
+        return iter(sorted(key for key in self.file_of if not key.endswith(_FP8_FACTOR)))
 
     def _file(self, key: str) -> Any:
         name = self.file_of.get(key)
@@ -78,7 +86,11 @@ class Checkpoint:
 
     def tensor(self, key: str) -> Tensor:
         """The whole tensor of `key`, as stored."""
-        return self._file(key).get_tensor(key)
+        value = self._file(key).get_tensor(key)
+        factor = key + _FP8_FACTOR
+        if self._fp8_block is None or factor not in self.file_of:
+            return value
+        return unpack_fp8(value, self._file(factor).get_tensor(factor), self._fp8_block)
 
     def row(self, key: str, index: int) -> Tensor:
         """Entry `index` of the first dimension, as stored."""

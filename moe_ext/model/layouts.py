@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moe_ext.model.quantised import unpack_mxfp4
+
 
 class Source(Protocol):
     """Where tensors come from: a checkpoint folder (`load.Checkpoint`) or a plain dictionary's wrapper."""
@@ -107,20 +109,25 @@ class Stacked:
     """The tensors are [E, D, 2I] and [E, I, D]."""
     interleaved: bool = False
     """Gate and up rows alternate: gate 0, up 0, gate 1, ..."""
+    mxfp4: bool = False
+    """The matrices are stored as `<key>_blocks` and `<key>_scales`; read only."""
 
     def key(self) -> str:
         """A key that a checkpoint of this layout has in every sparse layer."""
-        return self.gate_up
+        return self.gate_up + ("_blocks" if self.mxfp4 else "")
 
     def keys(self, prefix: str, num_experts: int) -> list[str]:
         """Full keys of all experts of a layer."""
-        spelt = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        return [prefix + key for key in spelt if key]
+        biases = [key for key in (self.gate_up_bias, self.down_bias) if key]
+        parts = ("_blocks", "_scales") if self.mxfp4 else ("",)
+        matrices = [key + part for key in (self.gate_up, self.down) for part in parts]
+        return [prefix + key for key in [*matrices, *biases]]
 
     def read(self, source: Source, prefix: str, expert: int) -> ExpertTensors:
         """Expert `expert` of the layer whose keys start with `prefix`."""
-        gate_up = source.row(prefix + self.gate_up, expert)
-        down = source.row(prefix + self.down, expert)
+        gate_up, down = (
+            self._matrix(source, prefix + k, expert) for k in (self.gate_up, self.down)
+        )
         if self.transposed:
             gate_up, down = gate_up.T, down.T
         gate, up = self._halves(gate_up)
@@ -132,6 +139,7 @@ class Stacked:
 
     def write(self, prefix: str, num_experts: int, read: ReadExpert) -> dict[str, Tensor]:
         """The checkpoint's tensors of a layer with `num_experts` experts, by full key."""
+        assert not self.mxfp4, "written in another layout"
         experts = [read(expert) for expert in range(num_experts)]
         gate_up = torch.stack([self._joined(weights.gate, weights.up) for weights in experts])
         down = torch.stack([weights.down for weights in experts])
@@ -144,6 +152,13 @@ class Stacked:
             down_biases = [weights.down_bias for weights in experts]
             tensors[prefix + self.down_bias] = torch.stack(down_biases)  # type: ignore[arg-type]
         return tensors
+
+    def _matrix(self, source: Source, key: str, expert: int) -> Tensor:
+        if not self.mxfp4:
+            return source.row(key, expert)
+        return unpack_mxfp4(
+            source.row(key + "_blocks", expert), source.row(key + "_scales", expert)
+        )
 
     def _halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         if self.interleaved:

@@ -80,8 +80,8 @@ def load_base(
     only; `ep_group` is the process group of the `ep_size` ranks that share them.
 
     Raises:
-        ValueError: unsupported architecture, a missing file or tensor, a wrong shape, or a
-            quantised checkpoint.
+        ValueError: unsupported architecture, a missing file or tensor, a wrong shape, or a form of
+            quantisation that cannot be read.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -90,11 +90,8 @@ def load_base(
         )
     config = AutoConfig.from_pretrained(path)
     family = family_of(config)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        raise ValueError(
-            f"base.path={path} is quantised ({quantised}); convert it to bf16 or fp32 safetensors first"
-        )
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what is read is plain; the checkpoint knows how
     checkpoint = Checkpoint(path)
     lm = _build_on_meta(config, dtype, attn_implementation)
     lm.base_info = BaseInfo(path, family, ep_rank, ep_size, dtype)  # type: ignore[assignment]

@@ -216,7 +216,7 @@ def test_refusals_name_the_folder_and_the_remedy(copy, tmp_path):
 
     _edit_config(copy, intermediate_size=20)
     refused("expert 0 gate has shape .24, 32., but config.json implies .20, 32.")
-    _edit_config(copy, intermediate_size=24, quantization_config={"quant_method": "fp8"})
+    _edit_config(copy, intermediate_size=24, quantization_config={"quant_method": "awq"})
     refused("is quantised")
     _edit_config(copy, model_type="llama")
     refused("'llama', which has no row in FAMILIES.*supported are .*mixtral.*base.dense")
