@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards": ("moe_ext.data.commands", "make, index, check and look at webdataset shards"),
     "launch": ("moe_ext.launch", "start a run or a sweep: this machine, a hostfile, Slurm"),
     "jobs": ("moe_ext.jobs.status", "how runs stand: state, last step, loss, error line"),
+    "bench": ("moe_ext.benchmarks.commands", "measure the layer or a step beside its peers"),
 }
 """Command -> (module with `main`, one line of help). Modules are imported only when they are run."""
 

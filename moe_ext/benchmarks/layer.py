@@ -1,0 +1,153 @@
+"""`moe-ext bench layer`: the extended layer beside its peers, in one process, on one thread.
+
+Forward and backward of one layer with its gate, dispatch and combine on all sides, the input live.
+Repetitions are interleaved (every peer once, then again, in an order that rotates), and a ratio is
+the median over repetitions of peer time over ours in the same repetition. CPU time decides; wall
+time is recorded beside it.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_ext.benchmarks.peers import PEERS, Peer
+from moe_ext.benchmarks.report import (
+    Samples,
+    achieved,
+    case_name,
+    environment,
+    layer_table,
+    ratios,
+    write_json,
+)
+from moe_ext.benchmarks.workload import LOADS, SHAPES, Work, make_work
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def single_rank_group() -> None:
+    """A gloo group of one rank, for DeepSpeed's layer; nothing leaves the process."""
+    import deepspeed.comm
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False  # else a compiler runs at the first init
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.comm.init_distributed(dist_backend="gloo", verbose=False)
+
+
+def once(peer: Peer, work: Work) -> tuple[float, float]:
+    """(CPU s, wall s) of one forward and backward pass."""
+    hidden_BSD = work.hidden_BSD.detach().requires_grad_()
+    for parameter in peer.parameters:
+        parameter.grad = None
+    cpu, wall = time.process_time(), time.perf_counter()
+    peer.forward(hidden_BSD).backward(work.grad_BSD)
+    peer.after_backward()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def measure(
+    peers: dict[str, Callable[[], tuple[float, float]]], repetitions: int
+) -> dict[str, Samples]:
+    """Interleaved samples of every peer, after one call each that does not count."""
+    samples = {name: Samples() for name in peers}
+    names = list(peers)
+    for repetition in range(-1, repetitions):
+        first = max(repetition, 0) % len(names)
+        for name in names[first:] + names[:first]:
+            cpu, wall = peers[name]()
+            if repetition >= 0:
+                samples[name].cpu_s.append(cpu)
+                samples[name].wall_s.append(wall)
+    return samples
+
+
+def gemm_rates(work: Work, min_s: float = 0.3) -> dict[str, float]:
+    """FLOP/s of plain products at the layer's widths, one thread.
+
+    `peak`: all rows against one expert's matrix, the best that the library does at these widths;
+    `rows`: as many rows as an average expert gets, a different matrix every time.
+    """
+    gate_up, num_rows = work.weights.gate_up, sum(work.rows_X)
+    x = torch.randn(num_rows, gate_up.shape[2], dtype=gate_up.dtype)
+    each = num_rows // len(work.rows_X)
+
+    def rate(num: int, product: Callable[[int], Any]) -> float:
+        product(0)
+        done, began = 0, time.process_time()
+        while time.process_time() - began < min_s:
+            product(done)
+            done += 1
+        return 2 * num * gate_up[0].numel() * done / (time.process_time() - began)
+
+    return {
+        "peak": rate(num_rows, lambda i: torch.mm(x, gate_up[0].t())),
+        "rows": rate(each, lambda i: torch.mm(x[:each], gate_up[i % len(gate_up)].t())),
+    }
+
+
+def bench_case(
+    shape: str, load: str, dtype: str, names: Sequence[str], tokens: int, repetitions: int
+) -> dict[str, Any]:
+    """Everything measured in one (shape, load, dtype)."""
+    work = make_work(SHAPES[shape], load, DTYPES[dtype], tokens)
+    peers = {name: PEERS[name](work.weights) for name in names}
+    gc.collect()
+
+    def call(peer: Peer) -> Callable[[], tuple[float, float]]:
+        return lambda: once(peer, work)
+
+    samples = measure({name: call(peer) for name, peer in peers.items()}, repetitions)
+    return {
+        "case": case_name(shape, load, dtype),
+        "tokens": tokens,
+        "new_share": work.new_share,
+        "skew": work.skew,
+        "achieved": achieved(work, samples["ours"], gemm_rates(work)),
+        "samples": {name: vars(s) for name, s in samples.items()},
+        "ratios": ratios(shape, load, dtype, samples, work.new_share),
+    }
+
+
+def _words(text: str, known: Sequence[str], option: str) -> list[str]:
+    """The comma-separated words of an option."""
+    chosen = [word for word in text.split(",") if word]
+    unknown = [word for word in chosen if word not in known]
+    if unknown or not chosen:
+        raise SystemExit(f"{option}={text}: choose from {', '.join(known)}")
+    return chosen
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="moe-ext bench layer", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write all samples and ratios to this file")
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--loads", default=",".join(LOADS))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--peers", default=",".join(PEERS))
+    chosen = parser.parse_args(list(arguments))
+    torch.set_num_threads(1)
+    single_rank_group()
+    names = _words(chosen.peers, list(PEERS), "--peers")
+    names = list(dict.fromkeys(["ours", *names]))
+    settings = environment()
+    print("  ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
+    cases = []
+    for shape in _words(chosen.shapes, list(SHAPES), "--shapes"):
+        for load in _words(chosen.loads, list(LOADS), "--loads"):
+            for dtype in _words(chosen.dtypes, list(DTYPES), "--dtypes"):
+                case = bench_case(shape, load, dtype, names, chosen.tokens, chosen.repetitions)
+                cases.append(case)
+                print(layer_table([case], header=len(cases) == 1), flush=True)
+                if chosen.json:  # after every case: a long run that is stopped keeps what it has
+                    write_json(chosen.json, "layer", settings, cases)
+    return 0

@@ -1,0 +1,136 @@
+"""Figures out of samples: ratios, FLOP/s, tables, JSON."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_ext.benchmarks.workload import Work
+
+COLUMNS = (
+    "moextend_mask",
+    "moextend_one_hot",
+    "deepspeed_moe",
+    "grouped_mm",
+    "eager",
+    "autoep",
+    "masking",
+    "flop_ceiling",
+)
+"""Peers of the layer benchmark in the order of the table."""
+
+
+@dataclass
+class Samples:
+    """Seconds of every repetition."""
+
+    cpu_s: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+
+
+def case_name(shape: str, load: str, dtype: str) -> str:
+    return f"{shape}/{load}/{dtype}"
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    packages = ("torch", "deepspeed", "transformers")
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    return {name: version(name) for name in packages} | {
+        "cpu": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and extremes."""
+    if len(values) < 2:
+        return dict.fromkeys(("median", "q1", "q3", "min", "max"), values[0])
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "min": min(values), "max": max(values)}
+
+
+def ratios(
+    shape: str, load: str, dtype: str, samples: dict[str, Samples], new_share: float
+) -> dict[str, dict[str, float]]:
+    """`<peer>/<shape>/<load>/<dtype>` -> spread of peer CPU time over ours in the same repetition.
+
+    `flop_ceiling` is the speed-up over our own all-trainable path divided by what the operations
+    allow, 6 / (4 + 2 f): forward, input gradient and weight gradient of every expert against a
+    weight gradient for the share f of the rows only.
+    """
+    out = {}
+    base = samples["ours"].cpu_s
+    for name, peer in samples.items():
+        if name == "ours":
+            continue
+        values = [a / b for a, b in zip(peer.cpu_s, base, strict=True)]
+        if name == "all_trainable":
+            name = "flop_ceiling"
+            values = [value / (6 / (4 + 2 * new_share)) for value in values]
+        out[f"{name}/{case_name(shape, load, dtype)}"] = spread(values)
+    return out
+
+
+def achieved(work: Work, samples: Samples, rates: dict[str, float]) -> dict[str, float]:
+    """FLOP/s of our layer's expert products over its whole time, and against plain products."""
+    expert = work.weights.gate_up[0].numel() + work.weights.down[0].numel()
+    flop = (4 + 2 * work.new_share) * sum(work.rows_X) * expert
+    rate = flop / statistics.median(samples.cpu_s)
+    return {
+        "gflops": rate / 1e9,
+        "gemm_peak_gflops": rates["peak"] / 1e9,
+        "of_peak": rate / rates["peak"],
+        "gemm_rows_gflops": rates["rows"] / 1e9,
+        "of_rows": rate / rates["rows"],
+    }
+
+
+def layer_table(cases: Sequence[dict[str, Any]], header: bool = True) -> str:
+    """One line a case: our time, FLOP/s, and every peer's time over ours (median, quartiles)."""
+    lines = []
+    if header:
+        names = "".join(f"{name:>18}" for name in COLUMNS)
+        lines.append(f"{'case':<20}{'ours ms':>9}{'GFLOP/s':>9}{'of peak':>9}{names}")
+    for case in cases:
+        ours = 1e3 * statistics.median(case["samples"]["ours"]["cpu_s"])
+        rate = case["achieved"]
+        line = f"{case['case']:<20}{ours:9.1f}{rate['gflops']:9.0f}{rate['of_peak']:9.0%}"
+        for name in COLUMNS:
+            found = case["ratios"].get(f"{name}/{case['case']}")
+            if found is None:
+                line += f"{'-':>18}"
+            else:
+                text = f"{found['median']:.2f} ({found['q1']:.2f}-{found['q3']:.2f})"
+                line += f"{text:>18}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def write_json(
+    path: Path, benchmark: str, settings: dict[str, Any], cases: Sequence[dict[str, Any]]
+) -> None:
+    """`ratios` (medians), `spread` of each, and `cases` with every sample behind them."""
+    every = {key: value for case in cases for key, value in case["ratios"].items()}
+    content = {
+        "benchmark": benchmark,
+        "environment": settings,
+        "ratios": {key: value["median"] for key, value in every.items()},
+        "spread": every,
+        "cases": [{k: v for k, v in case.items() if k != "ratios"} for case in cases],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")

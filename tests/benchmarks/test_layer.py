@@ -1,0 +1,54 @@
+"""The layer benchmark as a command, with the smallest possible run."""
+
+import json
+
+import pytest
+
+from moe_ext import cli
+from moe_ext.benchmarks import report
+from moe_ext.benchmarks.report import Samples
+
+
+def test_ratios_are_medians_of_paired_repetitions():
+    samples = {
+        "ours": Samples([1.0, 2.0, 4.0]),
+        "eager": Samples([3.0, 4.0, 8.0]),
+        "all_trainable": Samples([1.4, 2.8, 5.6]),
+    }
+    found = report.ratios("8x2", "skew2", "bf16", samples, new_share=0.1)
+    assert found["eager/8x2/skew2/bf16"]["median"] == 2.0
+    assert found["eager/8x2/skew2/bf16"]["max"] == 3.0
+    ceiling = found["flop_ceiling/8x2/skew2/bf16"]["median"]
+    assert ceiling == pytest.approx(1.4 / (6 / 4.2))
+
+
+def test_command_writes_every_ratio_and_sample(tmp_path, capsys):
+    path = tmp_path / "layer.json"
+    words = [
+        "bench",
+        "layer",
+        "--shapes",
+        "32x4",
+        "--loads",
+        "balanced,skew8",
+        "--dtypes",
+        "bf16",
+        "--tokens",
+        "64",
+    ]
+    assert cli.main([*words, "--repetitions", "2", "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    wanted = {
+        f"{peer}/32x4/{load}/bf16" for peer in report.COLUMNS for load in ("balanced", "skew8")
+    }
+    assert set(content["ratios"]) == wanted
+    assert all(value > 0 for value in content["ratios"].values())
+    assert len(content["cases"][0]["samples"]["ours"]["cpu_s"]) == 2
+    printed = capsys.readouterr().out
+    assert "torch" in printed and "32x4/skew8/bf16" in printed
+
+
+def test_unknown_words_are_refused(capsys):
+    with pytest.raises(SystemExit, match="choose from 8x2, 32x4, 128x8"):
+        cli.main(["bench", "layer", "--shapes", "7x2"])
+    assert cli.main(["bench", "nothing"]) == 2
