@@ -6,17 +6,23 @@ rank), no change of directory, and the launcher's `--local_rank` never reaches H
 
 import argparse
 import difflib
+import sys
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_ext.config import TrainConfig, explain, from_hydra, register_schema
 
-CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+_BESIDE = Path(__file__).resolve().parent.parent / "conf"
+CONF_DIR = _BESIDE if _BESIDE.is_dir() else Path(sys.prefix) / "share" / "moe_ext" / "conf"
+"""The groups and their files: beside the package in a checkout, else where pip put them."""
 
 
 class ConfigError(ValueError):
@@ -69,6 +75,25 @@ def load(config_dir: Path, overrides: list[str], config_file: Path | None = None
         raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_one_line(error)) from error
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of Hydra's sweep overrides (`seed=0,1,2`); without one, the overrides alone.
+
+    Raises:
+        ConfigError: Hydra cannot read one of them.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    choices = [
+        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        if item.is_sweep_override()
+        else [item.input_line or ""]
+        for item in parsed
+    ]
+    return [list(point) for point in product(*choices)]
 
 
 def _one_line(error: BaseException) -> str:

@@ -38,7 +38,7 @@ HOMES: dict[str, set[str]] = {
     "omegaconf": {"config.py", "commands"},
     "transformers": {
         "model/families.py",
-        "model/extend.py",
+        "model/extend.py",  # the type of the language model
         "model/load.py",
         "model/upcycle.py",
         "model/gguf.py",

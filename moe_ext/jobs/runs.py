@@ -7,13 +7,9 @@ same folder, whatever the clock says, and a longer time limit does not start the
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
-from moe_ext.compose import ConfigError, load
+from moe_ext.compose import ConfigError, expand, load
 from moe_ext.config import TrackingConfig, TrainConfig, to_yaml
 from moe_ext.config_launcher import LauncherConfig
 
@@ -80,25 +76,6 @@ def plan_runs(config_dir: Path, overrides: Sequence[str], root: Path) -> list[Pl
             "leave run_dir out (each run gets its own folder), and sweep over values that differ"
         )
     return runs
-
-
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Every combination of Hydra's sweep overrides (`seed=0,1,2`); without one, the overrides alone.
-
-    Raises:
-        ConfigError: Hydra cannot read one of them.
-    """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    choices = [
-        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
-        if item.is_sweep_override()
-        else [item.input_line or ""]
-        for item in parsed
-    ]
-    return [list(point) for point in product(*choices)]
 
 
 def sweep_id(runs: Sequence[PlannedRun]) -> str:
