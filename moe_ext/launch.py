@@ -87,8 +87,8 @@ def _deepspeed(runs: Sequence[PlannedRun], num_ranks: int, dry_run: bool) -> int
         words = deepspeed_launcher.command(run, num_ranks, deepspeed_launcher.port_of(launcher))
         print(shlex.join(words))
         if dry_run:
-            text = deepspeed_launcher.environment_text(launcher, group)
-            print("".join(f"  with {line}\n" for line in text.splitlines()), end="")
+            for name, value in deepspeed_launcher.variables_of(launcher, group).items():
+                print(f"  with {name}={value}")
             continue
         run.write()
         sys.stdout.flush()

@@ -94,10 +94,20 @@ def port_of(launcher: LauncherConfig) -> int:
         return probe.getsockname()[1]
 
 
-def environment_text(launcher: LauncherConfig, group: str = "") -> str:
-    """Content of the variables file: one `NAME=value` a line, no empty line (it would crash deepspeed)."""
-    variables = dict(launcher.environment) | ({GROUP_VARIABLE: group} if group else {})
-    return "".join(f"{name}={value}\n" for name, value in variables.items())
+def variables_of(launcher: LauncherConfig, group: str = "") -> dict[str, str]:
+    """The variables of every rank; `group` joins a sweep's runs in W&B."""
+    return dict(launcher.environment) | ({GROUP_VARIABLE: group} if group else {})
+
+
+def environment_text(variables: dict[str, str]) -> str:
+    """Content of the file that DS_ENV_FILE names: `NAME=value` lines, no empty line (deepspeed crashes).
+
+    deepspeed puts the values between double quotes on a remote shell's command line, and pdsh replaces
+    `%h` and the like in it: what either would expand is escaped.
+    """
+    special = {character: f"\\{character}" for character in '\\"$`'} | {"%": "%%"}
+    table = str.maketrans(special)
+    return "".join(f"{name}={value.translate(table)}\n" for name, value in variables.items())
 
 
 def start(run: PlannedRun, words: list[str], group: str = "") -> int:
@@ -107,9 +117,8 @@ def start(run: PlannedRun, words: list[str], group: str = "") -> int:
     STOPPED_EXIT_CODE. With ranks on other hosts deepspeed passes the request on in its own way.
     """
     environment_file = run.launch_dir / ENVIRONMENT_FILE
-    text = environment_text(run.config.launcher, group)
-    environment_file.write_text(text)
-    variables = dict(line.split("=", 1) for line in text.splitlines())
+    variables = variables_of(run.config.launcher, group)
+    environment_file.write_text(environment_text(variables))
     environment = os.environ | variables | {"DS_ENV_FILE": str(environment_file)}
     # A group of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
     process = subprocess.Popen(words, env=environment, start_new_session=True)

@@ -5,6 +5,8 @@ same folder, whatever the clock says, and a longer time limit does not start the
 """
 
 import hashlib
+import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,8 +42,15 @@ class PlannedRun:
 
     def write(self) -> None:
         """Write the file that the ranks are started from."""
-        self.launch_dir.mkdir(parents=True, exist_ok=True)
-        self.resolved.write_text(to_yaml(self.config))
+        write_whole(self.resolved, to_yaml(self.config))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write by one rename: without ssh, every host writes this file while others read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def run_id(config: TrainConfig) -> str:

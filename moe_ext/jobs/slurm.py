@@ -17,8 +17,8 @@ from moe_ext.analysis.run_folder import write_json
 from moe_ext.compose import ConfigError
 from moe_ext.config import to_yaml
 from moe_ext.config_launcher import LauncherConfig
-from moe_ext.jobs.deepspeed_launcher import GROUP_VARIABLE
-from moe_ext.jobs.runs import PlannedRun
+from moe_ext.jobs.deepspeed_launcher import variables_of
+from moe_ext.jobs.runs import PlannedRun, write_whole
 
 JOBS_FILE = "jobs.json"
 """In a `launch` folder: what was submitted (`Submission` as JSON)."""
@@ -50,7 +50,7 @@ def script_text(
         limit = f"%{launcher.array_limit}" if launcher.array_limit else ""
         directives.append(f"--array=0-{len(runs) - 1}{limit}")
     directives += launcher.directives
-    variables = dict(launcher.environment) | ({GROUP_VARIABLE: group} if group else {})
+    variables = variables_of(launcher, group)
     command = [*launcher.wrapper, sys.executable, "-u", "-m", launcher.module]
     return ScriptTemplate((launchers_dir() / "slurm.sbatch").read_text()).substitute(
         name=group or runs[0].run_id,
@@ -103,8 +103,7 @@ def write_job(
     folder.mkdir(parents=True, exist_ok=True)
     files = [run.resolved.with_stem(name) if name != "job" else run.resolved for run in runs]
     for run, file in zip(runs, files, strict=True):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_yaml(run.config))
+        write_whole(file, to_yaml(run.config))
     (folder / f"{name}.tasks").write_text("".join(f"{file}\n" for file in files))
     script = folder / f"{name}.sbatch"
     script.write_text(script_text(runs, folder, ranks_per_node, group, name))

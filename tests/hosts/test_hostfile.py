@@ -1,0 +1,157 @@
+"""`moe-ext launch launcher=hostfile` over two hosts with their own addresses: pdsh, and without ssh."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moe_ext.training.ownership import read_status
+from moe_ext.training.signals import STOPPED_EXIT_CODE
+from tests.infra.host_network import CONTROL, HostNetwork, missing_programs
+from tests.infra.slurm_cluster import PATH, wait_until
+
+pytestmark = [
+    pytest.mark.hosts,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(bool(missing_programs()), reason=f"not here: {missing_programs()}"),
+]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostNetwork]:
+    with HostNetwork(tmp_path_factory.mktemp("hosts") / "network", ["n1", "n2"]) as hosts:
+        yield hosts
+
+
+def start(
+    hosts: HostNetwork, name: str, folder: Path, *overrides: str, **variables: str
+) -> subprocess.Popen:
+    """`moe-ext launch` on a host, with the stand-in for training."""
+    hostfile = folder / "hosts.txt"
+    hostfile.write_text("n1 slots=1\nn2 slots=1\n")
+    words = [
+        *(sys.executable, "-m", "moe_ext.launch", "experiment=demo", "launcher=hostfile"),
+        *(
+            f"launcher.hostfile={hostfile}",
+            "launcher.module=tests.infra.toy_run",
+            "parallel.ep_size=2",
+        ),
+        *(f"stages.{stage}.steps=3" for stage in ("align", "probe", "tune")),
+        *(f"+launcher.environment.{key}={value}" for key, value in variables.items()),
+        *overrides,
+    ]
+    return subprocess.Popen(
+        hosts.inside(name, words, folder),
+        env=os.environ | {"PATH": PATH, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def only_run(folder: Path) -> Path:
+    (run_dir,) = (path.parent for path in folder.glob("runs/*/launch"))
+    return run_dir
+
+
+def seen(run_dir: Path, start: int = 0) -> list[dict]:
+    return [
+        json.loads((run_dir / f"rank-{rank}.start-{start}.json").read_text()) for rank in (0, 1)
+    ]
+
+
+def test_pdsh_starts_a_rank_on_each_host_and_carries_our_variables(
+    hosts: HostNetwork, tmp_path: Path
+) -> None:
+    value = "two words, $HOME, 100%h and {braces}"
+    process = start(hosts, CONTROL, tmp_path, TOY_VARIABLE=f"'{value}'", GLOO_SOCKET_IFNAME="eth0")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    ranks = seen(only_run(tmp_path))
+    assert [(r["host"], r["RANK"], r["LOCAL_RANK"]) for r in ranks] == [
+        ("n1", "0", "0"),
+        ("n2", "1", "0"),
+    ]
+    assert {rank["MASTER_ADDR"] for rank in ranks} == {hosts.address("n1")}
+    assert {rank["toy"] for rank in ranks} == {value}
+
+
+def test_without_ssh_every_host_starts_its_own_rank(hosts: HostNetwork, tmp_path: Path) -> None:
+    processes = [
+        start(
+            *(hosts, name, tmp_path, "launcher.ssh=false", f"launcher.node_rank={rank}"),
+            f"launcher.master_addr={hosts.address('n1')}",
+        )
+        for rank, name in enumerate(hosts.names)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert [rank["host"] for rank in seen(only_run(tmp_path))] == ["n1", "n2"]
+
+
+def test_a_killed_node_process_is_no_success(hosts: HostNetwork, tmp_path: Path) -> None:
+    """deepspeed itself exits 0 when the launch process of a host is killed."""
+    process = start(hosts, CONTROL, tmp_path, "stages.align.steps=1000", TOY_STEP_S="0.1")
+    run_dir = wait_for_steps(tmp_path)
+    for node in node_processes(run_dir):
+        node.kill()
+    for rank in rank_processes(run_dir):
+        rank.kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode not in (0, STOPPED_EXIT_CODE), output
+    assert "the run is not finished" in output
+
+
+def test_sigterm_publishes_and_the_run_goes_on_later(hosts: HostNetwork, tmp_path: Path) -> None:
+    words = ("chain=[align]", "stages.align.steps=60")
+    process = start(hosts, CONTROL, tmp_path, *words, TOY_STEP_S="0.1")
+    run_dir = wait_for_steps(tmp_path)
+    launcher = next(
+        p for p in processes_with("moe_ext.launch") if str(tmp_path) in " ".join(p.cmdline())
+    )
+    launcher.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == STOPPED_EXIT_CODE, output
+    status = read_status(run_dir)
+    assert status is not None
+    assert status.state == "stopped"
+    wait_until(lambda: not rank_processes(run_dir), 30, "the ranks to leave")
+    process = start(hosts, CONTROL, tmp_path, *words, TOY_STEP_S="0.01")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 61))
+
+
+def wait_for_steps(folder: Path) -> Path:
+    wait_until(lambda: bool(list(folder.glob("runs/*/metrics.jsonl"))), 90, "the first step")
+    time.sleep(0.5)
+    return only_run(folder)
+
+
+def processes_with(*needles: str) -> list[psutil.Process]:
+    """Python processes whose command line holds all the words (hosts are visible from the machine)."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "name"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if process.info["name"].startswith("python") and all(needle in line for needle in needles):
+            found.append(process)
+    return found
+
+
+def node_processes(run_dir: Path) -> list[psutil.Process]:
+    return processes_with("deepspeed.launcher.launch", str(run_dir))
+
+
+def rank_processes(run_dir: Path) -> list[psutil.Process]:
+    both = processes_with("tests.infra.toy_run", str(run_dir))
+    return [process for process in both if "deepspeed" not in " ".join(process.cmdline())]
