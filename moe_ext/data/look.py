@@ -5,14 +5,13 @@ import html
 import io
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .manifest import Manifest, file_sha256
 from .order import permutation
 from .samples import caption_of, decode_image, image_members, read_json
-from .shards import BadSample, RawSample, ShardError, ShardFiles, index_tar
+from .shards import BadSample, Local, RawSample, ShardError, ShardFiles, index_tar, local_path
 
 
 @dataclass
@@ -26,9 +25,7 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
 
-def check(
-    manifest: Manifest, *, decode: bool = True, local: Callable[[str], str] = str
-) -> Findings:
+def check(manifest: Manifest, *, decode: bool = True, local: Local = local_path) -> Findings:
     """Reads every shard: size, hash, number and places of samples, and (`decode`) every image and JSON."""
     found = Findings()
     files = ShardFiles(manifest, local=local)
@@ -36,7 +33,7 @@ def check(
         url, first = manifest.url(number), int(manifest.starts[number])
         found.num_shards += 1
         try:
-            path = local(url)
+            path = local(url, shard)
             if file_sha256(path) != shard.sha256:
                 found.problems.append(f"{url}: its SHA-256 is not the manifest's")
             index = index_tar(path)
@@ -77,7 +74,7 @@ def contact_sheet(
     count: int = 96,
     seed: int = 0,
     pixels: int = 160,
-    local: Callable[[str], str] = str,
+    local: Local = local_path,
 ) -> str:
     """One self-contained HTML page of `count` samples drawn evenly from a split."""
     chosen = manifest.select(split)

@@ -91,6 +91,19 @@ class Order:
         window, inside = divmod(place, self.window)
         return int(self._window(epoch, window)[inside])
 
+    def upcoming_shards(self, position: int) -> list[int]:
+        """Shards of the position's window and the next one, in the order in which they come."""
+        epoch, place = divmod(position, self.num_samples)
+        first = place - place % self.window
+        last = min(first + 2 * self.window, self.num_samples) - 1
+        if self.shuffle:
+            order, ends = self._shards(epoch)
+        else:
+            order, ends = np.arange(len(self.firsts) - 1), self.firsts[1:]
+        slots = np.searchsorted(ends, [first, last], side="right")
+        shards = order[slots[0] : slots[1] + 1]
+        return [int(s) for s in shards if self.firsts[s] < self.firsts[s + 1]]
+
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in this epoch's order, and the position after each one's last sample."""
         order = permutation(len(self.firsts) - 1, self.seed, epoch, 1)

@@ -12,8 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
+from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 from webdataset.writer import ShardWriter
 
@@ -23,6 +26,39 @@ RawSample = dict[str, Any]
 """Member suffix ("png", "json") -> bytes, plus `__key__` (str) and `__url__` (str)."""
 
 _BLOCK = 512
+
+
+def local_path(url: str, shard: Shard | None = None) -> str:
+    """The path of a local shard. Remote ones need a `Fetcher`, which is called the same way.
+
+    Raises:
+        ShardError: the url is remote.
+    """
+    if url.startswith("file:"):
+        return url2pathname(urlsplit(url).path)
+    if "://" in url or url.startswith("pipe:"):
+        raise ShardError(
+            f"{url} is not a local file; give the stream a Fetcher (moe_ext.data.fetch)"
+        )
+    return url
+
+
+Local = Callable[..., str]
+"""(url, what the manifest says of it) -> path of a readable file: `local_path`, or a `Fetcher`."""
+
+
+def open_stream(url: str) -> Any:
+    """webdataset's own opener of a url (gs, hf, ais, ...), for reading.
+
+    Raises:
+        ShardError: of a kind that can run commands; a manifest may come from anywhere.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme not in ("gs", "hf", "htgs", "ais"):
+        raise ShardError(
+            f"{url}: shards are read from files, http(s), s3, gs, hf and ais, not {scheme}:"
+        )
+    return gopen(url, "rb")
 
 
 class BadSample(Exception):
@@ -98,7 +134,7 @@ def index_shards(
     *,
     split_of: Callable[[str], str] = lambda key: "train",
     info: dict | None = None,
-    local: Callable[[str], str] = str,
+    local: Local = local_path,
 ) -> Path:
     """Path of the manifest of existing shards, each read once from end to end.
 
@@ -217,9 +253,7 @@ def _parse_with_webdataset(block: bytes, url: str) -> RawSample:
 class ShardFiles:
     """Open shards of one manifest, each checked when it is opened; at most `max_open` at a time."""
 
-    def __init__(
-        self, manifest: Manifest, *, local: Callable[[str], str] = str, max_open: int = 64
-    ):
+    def __init__(self, manifest: Manifest, *, local: Local = local_path, max_open: int = 64):
         self.manifest, self.local, self.max_open = manifest, local, max_open
         self.files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor
         self.broken: dict[int, str] = {}
@@ -253,12 +287,13 @@ class ShardFiles:
         if shard in self.broken:  # found once, then named without asking again
             raise ShardError(self.broken[shard])
         try:
-            path = self.local(self.manifest.url(shard))
-            fd = os.open(path, os.O_RDONLY)
+            fd = self._open_file(shard)
             size, expected = os.fstat(fd).st_size, self.manifest.shards[shard].size_bytes
             if size != expected:
                 os.close(fd)
-                raise ShardError(f"{path} has {size} bytes, its manifest says {expected}")
+                raise ShardError(
+                    f"{self.manifest.url(shard)} has {size} bytes, its manifest says {expected}"
+                )
         except OSError as error:
             self.broken[shard] = str(error)
             raise
@@ -266,6 +301,13 @@ class ShardFiles:
         if len(self.files) > self.max_open:
             os.close(self.files.popitem(last=False)[1])
         return fd
+
+    def _open_file(self, shard: int) -> int:
+        url, entry = self.manifest.url(shard), self.manifest.shards[shard]
+        try:
+            return os.open(self.local(url, entry), os.O_RDONLY)
+        except FileNotFoundError:  # another process may have evicted it from the cache just now
+            return os.open(self.local(url, entry), os.O_RDONLY)
 
     def close(self) -> None:
         while self.files:

@@ -1,13 +1,13 @@
 """Endless global streams of raw samples: a position is all there is to remember."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .manifest import Manifest
 from .order import Mixture, Order
-from .shards import BadSample, RawSample, ShardFiles
+from .shards import BadSample, Local, RawSample, ShardFiles, local_path
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ShardStream:
         window: int = 4096,
         shuffle: bool = True,
         name: str = "data",
-        local: Callable[[str], str] = str,
+        local: Local = local_path,
     ):
         self.manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
         self.order = Order(
@@ -44,6 +44,8 @@ class ShardStream:
         )
         self.name, self.split = name, split
         self.files = ShardFiles(self.manifest, local=local)
+        self.expect = getattr(local, "expect", None)  # a Fetcher's: what will be needed soon
+        self.expected = -1
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -64,6 +66,11 @@ class ShardStream:
         Raises:
             BadSample: named by shard and row.
         """
+        if self.expect is not None and position // self.order.window != self.expected:
+            self.expected = position // self.order.window
+            upcoming = self.order.upcoming_shards(position)
+            manifest = self.manifest
+            self.expect([(manifest.url(shard), manifest.shards[shard]) for shard in upcoming])
         return self.files.read(self.order.sample_at(position))
 
     def epoch(self, start: int = 0) -> Iterator[RawSample]:

@@ -1,0 +1,287 @@
+"""Shards from http(s) and S3: retried, resumed where they broke off, checked, kept in a local cache.
+
+A shard becomes a local file before anything reads it, so that reading is one `pread` and damage is
+known before the first sample. Processes of a machine share the cache; one downloads, others wait.
+Every wait is bounded: a server that stalls, trickles or fails ends in a `ShardError`, never a hang.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from .manifest import Shard, file_sha256
+from .s3 import S3Access
+from .shards import ShardError, local_path, open_stream
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 18
+_RETRIED = {408, 425, 429, 500, 502, 503, 504}
+
+
+class Transient(Exception):
+    """A failure that another try may cure; `wait_s` is the server's own wish."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0):
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+@dataclass
+class Fetcher:
+    """url -> path of a whole, checked local file. Picklable; threads start on first use."""
+
+    cache_dir: str | Path
+    limit_bytes: int = 0
+    """Size that the cache is kept under, least recently used files first; 0: no limit."""
+    timeout_s: float = 30.0
+    """Longest silence of a server, and of a download without `least_bytes_per_s`."""
+    least_bytes_per_s: float = 1024.0
+    tries: int = 6
+    """Tries in a row that bring less than 256 KiB each before a shard is given up."""
+    backoff_s: float = 0.5
+    """Wait before the second try; doubled each time, up to 30 s."""
+    ahead: int = 2
+    """Shards downloaded at a time in the background before they are needed; 0: none."""
+    s3: S3Access = field(default_factory=S3Access)
+
+    def __post_init__(self) -> None:
+        self.pool: ThreadPoolExecutor | None = None
+        self.pending: set[str] = set()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "pool": None, "pending": set()}
+
+    def __call__(self, url: str, shard: Shard | None = None) -> str:
+        """Path of the file at `url`; what `shard` says of size and hash is checked on first fetch.
+
+        Raises:
+            ShardError: it cannot be had, or is not what `shard` says, after all tries.
+        """
+        if not is_remote(url):
+            return local_path(url)
+        path = self.path_of(url)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # last used: now
+            return str(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_name(path.name + ".lock")):
+            if not path.exists():
+                self._download(url, shard, path)
+        self._evict(keep=path)
+        return str(path)
+
+    def expect(self, urls: list[tuple[str, Shard]]) -> None:
+        """Starts to fetch what will be needed soon; failures show when it is needed."""
+        for url, shard in urls:
+            if (
+                not self.ahead
+                or not is_remote(url)
+                or url in self.pending
+                or self.path_of(url).exists()
+            ):
+                continue
+            if self.pool is None:
+                self.pool = ThreadPoolExecutor(self.ahead, thread_name_prefix="shards-ahead")
+            self.pending.add(url)
+            self.pool.submit(self._in_background, url, shard)
+
+    def read(self, url: str) -> bytes:
+        """A small file whole, uncached: a manifest or its index.
+
+        Raises:
+            FileNotFoundError: it is not there. ShardError: it cannot be had.
+        """
+        if not is_remote(url):
+            return Path(local_path(url)).read_bytes()
+        data = bytearray()
+
+        def sink(chunk: bytes, start: int) -> None:
+            del data[start:]
+            data.extend(chunk)
+
+        self._with_retries(url, lambda: len(data), sink, None)
+        return bytes(data)
+
+    def path_of(self, url: str) -> Path:
+        """Where the cache keeps a url: its hash tells equal names of different places apart."""
+        digest = hashlib.sha256(url.encode()).hexdigest()[:20]
+        return (
+            Path(self.cache_dir) / digest[:2] / f"{digest}-{os.path.basename(urlsplit(url).path)}"
+        )
+
+    # ---- one file
+
+    def _in_background(self, url: str, shard: Shard) -> None:
+        try:
+            self(url, shard)
+        except OSError as error:
+            log.info("fetching ahead failed: %s", error)
+        finally:
+            self.pending.discard(url)
+
+    def _download(self, url: str, shard: Shard | None, path: Path) -> None:
+        """Fills `path` by way of a .part file, which a later try, or a later run, continues."""
+        part = path.with_name(path.name + ".part")
+        size = shard.size_bytes if shard else None
+        for fresh in (False, True):
+            if fresh:
+                part.unlink(missing_ok=True)
+            with open(part, "ab") as f:
+
+                def sink(chunk: bytes, start: int, f: Any = f) -> None:
+                    if start != f.tell():  # the server began anew, or the .part was too long
+                        f.truncate(start)
+                        f.seek(start)
+                    f.write(chunk)
+
+                self._with_retries(url, f.tell, sink, size)
+                f.flush()
+                os.fsync(f.fileno())
+            if shard is None:
+                break
+            digest = file_sha256(part)
+            if digest == shard.sha256:
+                break
+            log.warning(
+                "%s: SHA-256 %s..., the manifest says %s...", url, digest[:12], shard.sha256[:12]
+            )
+        else:
+            part.unlink(missing_ok=True)
+            raise ShardError(f"{url}: twice fetched whole, but its SHA-256 is not the manifest's")
+        os.replace(part, path)
+
+    def _with_retries(self, url: str, have: Any, sink: Any, size: int | None) -> None:
+        """Calls `sink(chunk, start)` until the file is whole; `have()` is how much of it is here."""
+        failures, reason = 0, ""
+        while failures < self.tries:
+            before = have()
+            wait_s = 0.0
+            try:
+                if self._transfer(url, before, have, sink, size):
+                    return
+                reason = f"ended after {have()} bytes"
+            except Transient as error:
+                reason, wait_s = str(error), error.wait_s
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, ShardError | FileNotFoundError):
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+            # a trickle is no progress: the whole wait for a shard stays bounded
+            failures = 0 if have() - before >= _CHUNK else failures + 1
+            log.warning("%s: %s; at byte %d, failed try %d", url, reason, have(), failures)
+            if failures < self.tries:
+                time.sleep(min(max(self.backoff_s * 2 ** max(failures - 1, 0), wait_s), 30.0))
+        raise ShardError(f"{url}: {reason}; gave up after {self.tries} tries")
+
+    def _transfer(self, url: str, start: int, have: Any, sink: Any, size: int | None) -> bool:
+        """One request from byte `start` on; True when the file is whole."""
+        if size is not None and start > size:
+            start = 0
+        if size is not None and start == size:
+            return True
+        began, got = time.monotonic(), 0
+        with self._open(url, start) as response:
+            at, total = _extent(response, start)
+            if size is not None and total is not None and total != size:
+                raise Transient(f"has {total} bytes, its manifest says {size}")
+            # read1: what has come, at once; read waits for all 256 kB and loses them on a time-out
+            read = getattr(response, "read1", response.read)
+            while chunk := read(_CHUNK):
+                sink(chunk, at)
+                at += len(chunk)
+                got += len(chunk)
+                seconds = time.monotonic() - began
+                if seconds > self.timeout_s and got < self.least_bytes_per_s * seconds:
+                    raise Transient(f"only {got / seconds:.0f} bytes a second")
+            expected = size if size is not None else total
+            if at == 0:
+                sink(b"", 0)
+            return at == expected if expected is not None else True
+
+    def _open(self, url: str, start: int) -> Any:
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        if url.startswith("s3://"):
+            url, headers = self.s3.request(url, headers)
+        elif not url.startswith(("http://", "https://")):
+            if start:
+                raise Transient("this kind of url cannot be resumed")
+            return contextlib.closing(
+                open_stream(url)
+            )  # webdataset's own openers: gs, hf, pipe, ...
+        request = urllib.request.Request(url, headers={"User-Agent": "moe_ext", **headers})
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout_s)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in _RETRIED:
+                after = error.headers.get("Retry-After", "")
+                raise Transient(
+                    f"HTTP {error.code}", float(after) if after.isdigit() else 0.0
+                ) from None
+            if error.code == 416:  # the .part is longer than the file: begin anew
+                raise ShardError(f"{url}: shorter than the part already here") from None
+            if error.code == 404:
+                raise FileNotFoundError(f"{url}: HTTP 404, not found") from None
+            raise ShardError(f"{url}: HTTP {error.code} {error.reason}") from None
+
+    def _evict(self, keep: Path) -> None:
+        """Removes least recently used files until the cache is within its limit."""
+        if not self.limit_bytes:
+            return
+        with _lock(Path(self.cache_dir) / ".lock"):
+            files = []
+            for path in Path(self.cache_dir).glob("??/*"):
+                if path.suffix not in (".lock", ".part"):
+                    with contextlib.suppress(FileNotFoundError):
+                        stat = path.stat()
+                        files.append((stat.st_mtime_ns, stat.st_size, path))
+            used = sum(size for _, size, _ in files)
+            for _, size, path in sorted(files):
+                if used <= self.limit_bytes:
+                    break
+                if path != keep:
+                    path.unlink(missing_ok=True)  # readers that have it open keep their bytes
+                    used -= size
+
+
+def is_remote(url: str) -> bool:
+    scheme = urlsplit(url).scheme
+    return bool(scheme) and scheme != "file"
+
+
+def _extent(response: Any, start: int) -> tuple[int, int | None]:
+    """(first byte of this answer, bytes of the whole file or None if the server does not say)."""
+    headers = getattr(response, "headers", None)
+    if headers is None:
+        return 0, None
+    stated = headers.get("Content-Range", "")
+    if getattr(response, "status", 200) == 206 and stated.startswith("bytes "):
+        span, _, total = stated[6:].partition("/")
+        return int(span.partition("-")[0]), int(total) if total.isdigit() else None
+    length = headers.get("Content-Length")
+    return 0, int(length) if length and length.isdigit() else None
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one thread of one process of this machine; a killed holder's lock is free again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(f, fcntl.LOCK_UN)
