@@ -245,13 +245,23 @@ class DataConfig:
     sequence_length: int = 512
     """Tokens of a packed row; unpacked rows are padded to the longest of their batch."""
     homogeneous_span: int = 1
-    """Neighbouring samples that come from one stream of a mixture. The samples of a step over all ranks: every
-    rank then sees one stream, so one modality, a step (Uni-MoE's modality-level data parallelism)."""
+    """Neighbouring samples that come from one stream of a mixture. Set to the samples of a step over all
+    ranks, every rank sees one stream, so one modality, a step (Uni-MoE's modality-level data parallelism)."""
     num_workers: int = 1
     shuffle_window: int = 4096
     """Samples within which the order is shuffled; shards are shuffled as a whole."""
     bad_sample_budget: int = 100
     """Samples that may be skipped, each logged, before the run stops."""
+    shard_cache: str = ""
+    """Folder of shards fetched from http(s) or s3, shared by the ranks of a machine; empty: `cache_dir`/shards."""
+    shard_cache_bytes: int = 0
+    """Size that folder is kept under; 0: no limit. It must hold the shards of a shuffle window."""
+    fetch_timeout_s: float = 30.0
+    """Longest silence of a server before the download is resumed."""
+    fetch_tries: int = 6
+    """Tries in a row without progress before a shard is given up."""
+    shards_ahead: int = 2
+    """Shards downloaded at a time, by each worker, before they are needed."""
 
 
 @dataclass

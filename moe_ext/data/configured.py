@@ -1,11 +1,15 @@
 """From the configuration's `data` group to streams and loaders; deeper code gets numbers."""
 
+import os
 from pathlib import Path
 
 from ..config import DataConfig, StreamConfig
 from .batches import Loader
+from .fetch import Fetcher
+from .manifest import Manifest
 from .order import hash64
 from .packing import PackedRows, measure_lengths
+from .s3 import S3Access
 from .samples import SampleBuilder
 from .sources import prepare_openmoji
 from .streams import MixedStream, ShardStream
@@ -35,14 +39,23 @@ def open_streams(
             raise ValueError(
                 f"stream {name!r} (stages.*.data) is not in data.streams={list(data.streams)}"
             )
+    fetcher = Fetcher(
+        data.shard_cache or Path(cache_dir) / "shards",
+        limit_bytes=data.shard_cache_bytes,
+        timeout_s=data.fetch_timeout_s,
+        tries=data.fetch_tries,
+        ahead=data.shards_ahead,
+        s3=S3Access.from_environment(os.environ),
+    )
     streams = [
         ShardStream(
-            config.manifest,
+            Manifest.load(config.manifest, fetcher.read),
             split=config.split,
             seed=hash64(seed, number),
             window=data.shuffle_window,
             shuffle=config.shuffle,
             name=name,
+            local=fetcher,
         )
         for number, (name, config) in enumerate(zip(chosen, configs, strict=True))
     ]

@@ -11,11 +11,12 @@ import hashlib
 import http.client
 import logging
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,20 @@ class Fetcher:
     s3: S3Access = field(default_factory=S3Access)
 
     def __post_init__(self) -> None:
-        self.pool: ThreadPoolExecutor | None = None
+        self._forget_threads()
+
+    def _forget_threads(self) -> None:
+        self.process = os.getpid()
+        self.queue: queue.SimpleQueue[tuple[str, Shard]] = queue.SimpleQueue()
         self.pending: set[str] = set()
+        self.num_threads = 0
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "pool": None, "pending": set()}
+        return {k: v for k, v in self.__dict__.items() if k not in ("queue", "pending")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget_threads()
 
     def __call__(self, url: str, shard: Shard | None = None) -> str:
         """Path of the file at `url`; what `shard` says of size and hash is checked on first fetch.
@@ -83,20 +93,19 @@ class Fetcher:
         self._evict(keep=path)
         return str(path)
 
-    def expect(self, urls: list[tuple[str, Shard]]) -> None:
+    def expect(self, shards: list[tuple[str, Shard]]) -> None:
         """Starts to fetch what will be needed soon; failures show when it is needed."""
-        for url, shard in urls:
-            if (
-                not self.ahead
-                or not is_remote(url)
-                or url in self.pending
-                or self.path_of(url).exists()
-            ):
+        if self.process != os.getpid():
+            self._forget_threads()  # they stayed in the parent when a worker was forked
+        for url, shard in shards:
+            if not is_remote(url) or url in self.pending or self.path_of(url).exists():
                 continue
-            if self.pool is None:
-                self.pool = ThreadPoolExecutor(self.ahead, thread_name_prefix="shards-ahead")
             self.pending.add(url)
-            self.pool.submit(self._in_background, url, shard)
+            self.queue.put((url, shard))
+            if self.num_threads < self.ahead:
+                self.num_threads += 1
+                # daemons: a process that ends does not wait for downloads
+                threading.Thread(target=self._fetch_ahead, daemon=True).start()
 
     def read(self, url: str) -> bytes:
         """A small file whole, uncached: a manifest or its index.
@@ -124,13 +133,15 @@ class Fetcher:
 
     # ---- one file
 
-    def _in_background(self, url: str, shard: Shard) -> None:
-        try:
-            self(url, shard)
-        except OSError as error:
-            log.info("fetching ahead failed: %s", error)
-        finally:
-            self.pending.discard(url)
+    def _fetch_ahead(self) -> None:
+        while True:
+            url, shard = self.queue.get()
+            try:
+                self(url, shard)
+            except OSError as error:
+                log.info("fetching ahead failed: %s", error)
+            finally:
+                self.pending.discard(url)
 
     def _download(self, url: str, shard: Shard | None, path: Path) -> None:
         """Fills `path` by way of a .part file, which a later try, or a later run, continues."""
