@@ -36,8 +36,8 @@ def export_uniform(
     """Write a Hugging Face checkpoint of the base's architecture with E + N experts a sparse layer.
 
     `from_pretrained` loads it without this package. Every sparse layer gets the same number of
-    experts: the architecture counts them once. Where the router has a bias on the choice, layers
-    with fewer are padded with experts that are never chosen; elsewhere that is refused.
+    experts: the architecture counts them once. Where a bias can keep experts from ever being chosen
+    (GPT-OSS, DeepSeek-V3), layers with fewer are padded with such; elsewhere that is refused.
 
     Args:
         approximate: write it although the architecture cannot express scopes other than `joint`,
@@ -86,7 +86,9 @@ def _refuse_inexpressible(lm: nn.Module, blocks: dict[int, ExtendedMoE], family:
     """Raise for what not even an approximation could write."""
     counts = {index: block.num_new for index, block in blocks.items()}
     first = next(iter(blocks.values())).router
-    pads = bool(family.router.bias or family.router.correction_bias)
+    # Padding must not take part in a softmax: then it would shrink the others' probabilities.
+    corrects = first.correction_bias is not None and first.rule.score == "sigmoid"
+    pads = corrects or bool(family.router.bias)
     reasons = []
     if not any(counts.values()):
         raise ValueError("the model has no extension: its base's folder is the export")
@@ -210,4 +212,5 @@ def _router_tensors(
     if keys.bias:
         yield joined(keys.bias, [row.bias for row in rows], never)
     if keys.correction_bias:
-        yield joined(keys.correction_bias, [torch.zeros(count)], never)
+        corrections = [row.correction for row in rows if row.correction is not None]
+        yield joined(keys.correction_bias, corrections, never)

@@ -134,6 +134,7 @@ def attach_extension(
                 seed=_seed(seed, plan.layer, plan.num_new),
             )
         shared = settings.row_init is RowInit.clone_shared
+        corrected = block.router.correction_bias
         rows = NewRows(
             torch.zeros(plan.num_new, shape.hidden_dim, dtype=info.dtype, device=device),
             torch.zeros(plan.num_new, dtype=info.dtype, device=device),
@@ -141,6 +142,8 @@ def attach_extension(
             modalities,
             calibration,
             plan.sources if shared else None,
+            # a clone competes like its source where the base corrects the choice (DeepSeek-V3)
+            None if corrected is None else corrected[plan.sources].clone(),
         )
         block.add_bank(name, bank, rows)
 

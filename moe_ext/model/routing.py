@@ -151,8 +151,11 @@ class NewRows(nn.Module):
     """Router rows of one extension in one layer, with a scalar bias a row.
 
     `shared_with[i]` is the frozen expert with which new expert i shares one top-k slot and its
-    weight, or -1 (row initialisation `clone_shared`).
+    weight, or -1 (row initialisation `clone_shared`). `correction_N` is added to the new experts'
+    scores when experts are chosen, beside the frozen ones' correction bias (DeepSeek-V3); None is 0.
     """
+
+    correction: Tensor | None
 
     def __init__(
         self,
@@ -162,11 +165,13 @@ class NewRows(nn.Module):
         modalities: tuple[int, ...],
         calibration: Calibration | None = None,
         shared_with: list[int] | None = None,
+        correction_N: Tensor | None = None,
     ):
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight_ND), nn.Parameter(bias_N)
         self.scope, self.modalities, self.calibration = scope, modalities, calibration
         self.shared_with = shared_with or []
+        self.register_buffer("correction", correction_N, persistent=False)
         if len(set(self.shared_with)) < len(self.shared_with):
             raise ValueError(
                 f"extension.row_init=clone_shared got sources {self.shared_with} in one layer; a "
@@ -253,8 +258,7 @@ class Router(nn.Module):
         choice_TX = logits_TX if rule.score == "topk_softmax" else prob_TX
         choice_TX = choice_TX.detach()
         if self.correction_bias is not None:
-            width = choice_TX.shape[1] - num_frozen
-            choice_TX = choice_TX + F.pad(self.correction_bias, (0, width))
+            choice_TX = choice_TX + self._correction(choice_TX.shape[1] - num_frozen)
         if rule.num_groups > 1:
             frozen_TE, new_TN = choice_TX.split([num_frozen, choice_TX.shape[1] - num_frozen], 1)
             grouped = frozen_TE.reshape(frozen_TE.shape[0], rule.num_groups, -1)
@@ -267,6 +271,15 @@ class Router(nn.Module):
             frozen_TE = torch.where(keeps_TG.unsqueeze(-1), grouped, rule.masked_score).flatten(1)
             choice_TX = torch.cat([frozen_TE, new_TN], 1)
         return choice_TX.topk(rule.top_k, dim=-1).indices
+
+    def _correction(self, num_new: int) -> Tensor:
+        """(E + num_new,) fp32: what the choice adds to the scores; `num_new` is 0 or all."""
+        assert self.correction_bias is not None
+        parts = [self.correction_bias]
+        for rows in self.rows.values() if num_new else ():
+            own = rows.correction
+            parts.append(rows.bias.new_zeros(len(rows.bias)).float() if own is None else own)
+        return torch.cat(parts)
 
     def _extended(self, x_TD, logits_TE, context, layer_index, earlier) -> Routing:
         """Base routing for tokens that may choose no new expert, extended routing for the others."""

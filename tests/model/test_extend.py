@@ -178,6 +178,25 @@ def test_clone_shared_computes_the_base_at_step_0(base):
     torch.testing.assert_close(_logits(lm), expected, rtol=0, atol=1e-5)
 
 
+def test_a_clone_competes_like_its_source_where_the_base_corrects_the_choice(tmp_path):
+    """DeepSeek-V3: with equal rows and no bias, a chosen source is followed by its clone."""
+    save_tiny(tmp_path, "deepseek_v3", n_group=1, topk_group=1)
+    lm = load_base(tmp_path, dtype=torch.float32)
+    plans = [LayerPlan(layer, 1, [3]) for layer in extended_layers(lm)]
+    add_extension(lm, tmp_path, "vision", plans, _settings(calibration=CalibrationKind.none))
+    _logits(lm)
+    for layer, record in lm.context_holder.context.records.items():
+        chosen = record.expert_TS
+        has_source, has_clone = (chosen == 3).any(1), (chosen == 8).any(1)
+        assert extended_layers(lm)[layer].router.correction_bias[3] != 0
+        assert has_clone.any()
+        # a tie: only the last slot can hold one of the pair without the other
+        alone = has_source ^ has_clone
+        assert alone.float().mean() < 0.2
+        last = chosen[alone, -1]
+        assert ((last == 3) | (last == 8)).all()
+
+
 def test_drop_upcycling_draws_whole_neurons_anew(base):
     lm = load_base(base, dtype=torch.float32)
     settings = _settings(expert_init=ExpertInit.drop_upcycle, drop_ratio=0.25)
