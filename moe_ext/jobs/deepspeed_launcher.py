@@ -28,7 +28,7 @@ from moe_ext.training.signals import STOPPED_EXIT_CODE
 
 ENVIRONMENT_FILE = "environment"
 HOSTFILE_PORT = 29500
-GROUP_VARIABLE = "WANDB_RUN_GROUP"
+GROUP_VARIABLE = "MOE_EXT_GROUP"
 
 
 @dataclass(frozen=True)

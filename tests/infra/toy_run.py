@@ -36,7 +36,7 @@ def main() -> int:
     seen = {
         key: os.environ.get(key, "") for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
     }
-    seen |= {"host": socket.gethostname(), "group": os.environ.get("WANDB_RUN_GROUP", "")}
+    seen |= {"host": socket.gethostname(), "group": os.environ.get("MOE_EXT_GROUP", "")}
     seen |= {"toy": os.environ.get("TOY_VARIABLE", "")}
     (run_dir / f"rank-{rank}.start-{start}.json").write_text(json.dumps(seen))
     try:
