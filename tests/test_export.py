@@ -11,6 +11,7 @@ from moe_ext.config import CalibrationKind, ExpertType, ExtensionConfig, Placeme
 from moe_ext.export import load_extension, save_extension
 from moe_ext.export_hf import export_uniform
 from moe_ext.model.connectors import Connector
+from moe_ext.model.context import RoutingContext
 from moe_ext.model.extend import (
     LayerPlan,
     add_extension,
@@ -19,7 +20,7 @@ from moe_ext.model.extend import (
     load_base,
     remove_extension,
 )
-from moe_ext.model.routing import NewRows, RoutingContext
+from moe_ext.model.routing import NewRows
 from tests.model.tiny import TINY, save_tiny
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from moe_ext.analysis.reduce import Ranks
 from moe_ext.batch import Batch
 from moe_ext.config import Scope
+from moe_ext.model.context import RoutingContext
 from moe_ext.model.moe import extended_layers
 from moe_ext.model.multimodal import MultimodalMoE
-from moe_ext.model.routing import RoutingContext
 
 KINDS = ("image tokens", "text after an image", "text alone")
 """Kinds of token. "Image" stands for any modality that is not text."""

@@ -15,9 +15,10 @@ from torch import Tensor
 from moe_ext.analysis.reduce import Ranks
 from moe_ext.batch import IGNORED_LABEL, TEXT, Batch
 from moe_ext.config import Scope
+from moe_ext.model.context import ContextHolder, RoutingContext
 from moe_ext.model.moe import extended_layers
 from moe_ext.model.multimodal import MultimodalMoE
-from moe_ext.model.routing import ContextHolder, NewRows, RoutingContext
+from moe_ext.model.routing import NewRows
 
 
 def text_rows(

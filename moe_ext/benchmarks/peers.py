@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ext.config import Placement, Scope
+from moe_ext.model.context import ContextHolder
 from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
 from moe_ext.model.moe import ExtendedMoE
-from moe_ext.model.routing import ContextHolder, NewRows, Router, RoutingRule
+from moe_ext.model.routing import NewRows, Router, RoutingRule
 
 
 @dataclass

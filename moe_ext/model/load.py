@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers import initialization as hf_init
 
 from moe_ext.config import Placement
+from moe_ext.model.context import ContextHolder
 from moe_ext.model.experts import Bank, FrozenBank
 from moe_ext.model.families import LAYER_PREFIX, Config, Family, family_of
 from moe_ext.model.files import Checkpoint
 from moe_ext.model.layouts import ExpertLayout, ExpertTensors
 from moe_ext.model.moe import ExtendedMoE, extended_layers
 from moe_ext.model.placement import owners
-from moe_ext.model.routing import ContextHolder, Router
+from moe_ext.model.routing import Router
 
 
 @dataclass

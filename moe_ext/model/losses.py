@@ -8,7 +8,7 @@ the counts of all ranks. `selection_counts` makes the tensor to add up over rank
 import torch
 from torch import Tensor
 
-from moe_ext.model.routing import LayerRecord
+from moe_ext.model.context import LayerRecord
 
 
 def selection_counts(record: LayerRecord) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from moe_ext.config import Placement
+from moe_ext.model.context import ContextHolder, text_context
 from moe_ext.model.dispatch import Liveness, dispatch
 from moe_ext.model.experts import NO_EXPERT, Bank, FrozenBank
 from moe_ext.model.placement import owners
-from moe_ext.model.routing import ContextHolder, NewRows, Router, text_context
+from moe_ext.model.routing import NewRows, Router
 
 
 class ExtendedMoE(nn.Module):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from moe_ext.batch import IGNORED_LABEL, Batch
+from moe_ext.model.context import RoutingContext
 from moe_ext.model.dispatch import Liveness
 from moe_ext.model.moe import extended_layers
-from moe_ext.model.routing import RoutingContext
 
 
 @dataclass

@@ -12,9 +12,10 @@ from moe_ext.analysis.heldout import pair_batch
 from moe_ext.analysis.reduce import Ranks
 from moe_ext.analysis.text import text_batch
 from moe_ext.config import ExtensionConfig, RowInit, Scope
+from moe_ext.model.context import text_context
 from moe_ext.model.extend import add_extension
 from moe_ext.model.moe import extended_layers
-from moe_ext.model.routing import RoutingRule, text_context
+from moe_ext.model.routing import RoutingRule
 from tests.analysis.small import extend, make_build, make_items, make_model, save_base
 from tests.model.layers import DIM, Weights, build
 from tests.ranks import run_ranks

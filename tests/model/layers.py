@@ -7,17 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ext.config import CalibrationKind, Placement, Scope
+from moe_ext.model.context import ContextHolder, RoutingContext
 from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
 from moe_ext.model.moe import ExtendedMoE
 from moe_ext.model.placement import owners
-from moe_ext.model.routing import (
-    Calibration,
-    ContextHolder,
-    NewRows,
-    Router,
-    RoutingContext,
-    RoutingRule,
-)
+from moe_ext.model.routing import Calibration, NewRows, Router, RoutingRule
 
 DIM, WIDE = 12, 20
 

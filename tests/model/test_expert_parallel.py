@@ -5,8 +5,9 @@ import torch
 import torch.distributed as dist
 
 from moe_ext.config import Placement, Scope
+from moe_ext.model.context import RoutingContext
 from moe_ext.model.dispatch import Liveness
-from moe_ext.model.routing import RoutingContext, RoutingRule
+from moe_ext.model.routing import RoutingRule
 from tests.model.layers import DIM, Weights, build, sequences
 from tests.ranks import run_ranks
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from moe_ext.config import CalibrationKind, ExpertInit, ExtensionConfig, Placement, RowInit, Scope
+from moe_ext.model.context import RoutingContext
 from moe_ext.model.extend import (
     LayerPlan,
     add_extension,
@@ -20,7 +21,6 @@ from moe_ext.model.extend import (
     load_extension_state,
     remove_extension,
 )
-from moe_ext.model.routing import RoutingContext
 from moe_ext.model.state import extension_keys
 from tests.model.tiny import TINY, save_tiny
 

@@ -3,8 +3,9 @@
 import torch
 
 from moe_ext.config import Scope
+from moe_ext.model.context import RoutingContext
 from moe_ext.model.losses import balance_loss, selection_counts, z_loss
-from moe_ext.model.routing import RoutingContext, RoutingRule
+from moe_ext.model.routing import RoutingRule
 from tests.model.layers import DIM, Weights, build, sequences
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moe_ext.config import Scope
-from moe_ext.model.routing import RoutingContext, RoutingRule
+from moe_ext.model.context import RoutingContext
+from moe_ext.model.routing import RoutingRule
 from tests.model.layers import DIM, WIDE, Weights, build, loop, sequences
 
 TOLERANCE = 1e-5

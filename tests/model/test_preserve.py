@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from moe_ext.config import ExpertType, ExtensionConfig, Placement, Scope
+from moe_ext.model.context import RoutingContext
 from moe_ext.model.extend import LayerPlan, add_extension, extended_layers, load_base
-from moe_ext.model.routing import RoutingContext
 from tests.model.tiny import TINY, save_tiny
 from tests.ranks import run_ranks
 

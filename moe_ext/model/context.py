@@ -1,0 +1,92 @@
+"""What surrounds a forward pass: which token is what, and what every layer did with it.
+
+Shape letters: B sequences, S positions or slots of a token, T = B * S tokens, K = top_k, X all
+experts of a layer.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_ext.batch import TEXT
+from moe_ext.config import Scope
+
+
+@dataclass
+class LayerRecord:
+    """What one layer routed in one forward pass."""
+
+    expert_TS: Tensor
+    """(T, S) int64 logical ids, -1 for an empty slot."""
+    num_experts: int
+    """E + N of the layer."""
+    base_expert_TK: Tensor | None = None
+    """(T, K) what the frozen rows alone choose; kept when the layer has new experts."""
+    prob_sum_X: Tensor | None = None
+    """(X,) fp32 with graph: sum of the router's probabilities over the counted tokens."""
+    z_sum: Tensor | None = None
+    """() fp32 with graph: sum of squared log-sum-exp over the counted tokens."""
+    counted_T: Tensor | None = None
+    """(T,) bool: tokens the losses count: not padding, candidates not restricted."""
+
+
+@dataclass
+class RoutingContext:
+    """Set around a forward pass, alive until its backward; layers leave their records in it."""
+
+    modality_BS: Tensor
+    segment_BS: Tensor
+    """0 marks padding, which is routed nowhere."""
+    seen_B: dict[int, Tensor] = field(default_factory=dict)
+    """Modality -> (B,) bool: it stood in an earlier part of the sequence (decoding with a cache)."""
+    with_losses: bool = False
+    """Record what the balance loss and the z-loss need."""
+    records: dict[int, LayerRecord] = field(default_factory=dict)
+    _allowed: dict[tuple[Scope, tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    @property
+    def valid_T(self) -> Tensor:
+        return self.segment_BS.reshape(-1) != 0
+
+    def allowed_T(self, scope: Scope, modalities: tuple[int, ...]) -> Tensor:
+        """(T,) bool: tokens that may choose the experts of an extension of these modalities."""
+        key = (scope, modalities)
+        if key not in self._allowed:
+            self._allowed[key] = self._compute_allowed(scope, modalities).reshape(-1)
+        return self._allowed[key]
+
+    def _compute_allowed(self, scope: Scope, modalities: tuple[int, ...]) -> Tensor:
+        valid = self.segment_BS != 0
+        if scope is Scope.joint:
+            return valid
+        new = torch.isin(self.modality_BS, self.modality_BS.new_tensor(modalities))
+        if scope is Scope.modality:
+            return new & valid
+        # preserve: it looks back inside the segment, never ahead
+        count = new.cumsum(1)
+        starts = torch.ones_like(new)
+        starts[:, 1:] = self.segment_BS[:, 1:] != self.segment_BS[:, :-1]
+        before_segment = torch.where(starts, count - new.long(), 0).cummax(1).values
+        allowed = count > before_segment
+        for modality in modalities:
+            if modality in self.seen_B:
+                allowed = allowed | self.seen_B[modality].unsqueeze(1)
+        return allowed & valid
+
+
+def text_context(batch_size: int, length: int, device: torch.device) -> RoutingContext:
+    """The context of plain text without padding: what a layer assumes when nobody set one."""
+    zeros = torch.full((batch_size, length), TEXT, dtype=torch.int64, device=device)
+    return RoutingContext(zeros, torch.ones_like(zeros))
+
+
+class ContextHolder:
+    """Where all extended layers of one model find the context of the pass under way.
+
+    An object shared by the layers, and not a global: activation checkpointing runs a layer again in
+    backward, on a thread of autograd's own.
+    """
+
+    def __init__(self) -> None:
+        self.context: RoutingContext | None = None
