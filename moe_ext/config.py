@@ -210,7 +210,9 @@ class StageConfig:
     checkpoint_every: int = 25
     """Steps between two published checkpoints inside the stage; 0: only at its end."""
     statistics_samples: int = 256
-    """probe: held-out samples whose expert selections are counted."""
+    """probe: samples whose expert selections are counted."""
+    statistics_data: str = "probe"
+    """probe: name of the stream of these samples; none of them is trained on."""
     max_bad_steps: int = 10
     """Steps in a row with a loss or gradient that is not finite, each skipped by all ranks, before the
     run stops."""

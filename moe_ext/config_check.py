@@ -17,6 +17,9 @@ from moe_ext.config import (
 )
 from moe_ext.config_launcher import check_launcher
 
+BUILTIN_SPLITS = ("train", "probe", "heldout", "heldout_concept")
+"""Streams that a built-in data set brings along."""
+
 
 def check(config: TrainConfig) -> None:
     """Raise ValueError for the first rule that `config` breaks."""
@@ -244,15 +247,20 @@ def _check_stage(name: str, stage: StageConfig, config: TrainConfig) -> None:
         raise ValueError(
             f"{key}.train holds router_delta, which only a stage of kind probe trains and discards"
         )
-    if stage.data not in config.data.streams and not (
-        config.data.builtin and stage.data == "train"
-    ):
-        known = (
-            ", ".join([*config.data.streams, *(["train"] if config.data.builtin else [])]) or "none"
-        )
-        raise ValueError(
-            f"{key}.data={stage.data!r} is not a stream of data.streams (known: {known})"
-        )
+    _check_streams(f"{key}.data", stage.data, config)
+    if stage.kind is StageKind.probe:
+        _check_streams(f"{key}.statistics_data", stage.statistics_data, config)
+
+
+def _check_streams(key: str, names: str, config: TrainConfig) -> None:
+    """Every name of "name+name" is a stream of the configuration or a split of the built-in set."""
+    known = [*config.data.streams, *(BUILTIN_SPLITS if config.data.builtin else ())]
+    for name in names.split("+"):
+        if name not in known:
+            raise ValueError(
+                f"{key}={names!r}: {name!r} is not a stream of data.streams "
+                f"(known: {', '.join(known) or 'none'})"
+            )
 
 
 def _names(stage: StageConfig) -> list[str]:

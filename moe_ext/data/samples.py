@@ -315,3 +315,17 @@ def _utf8(data: bytes, key: str) -> str:
         return data if isinstance(data, str) else data.decode()
     except UnicodeDecodeError:
         raise BadSample(key, "text is not UTF-8") from None
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a Hugging Face folder; nothing is fetched.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"base.path={path} holds no tokenizer: {error}") from error

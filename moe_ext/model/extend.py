@@ -31,6 +31,7 @@ __all__ = [
     "extension_state",
     "load_base",
     "load_extension_state",
+    "parameter_counts",
     "remove_extension",
 ]
 
@@ -164,10 +165,25 @@ def remove_extension(lm: PreTrainedModel, name: str) -> None:
 
 
 def announce(model: nn.Module) -> str:
-    """What trains: `trainable 41,209,036 of 238,411,488 parameters (17.3 %)`, then part by part.
+    """What trains: `trainable 41,209,036 of 238,411,488 parameters (17.3 %)`, then part by part."""
+    counts, trains = parameter_counts(model)
+    total, trainable = sum(counts.values()), sum(trains.values())
+    line = (
+        f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.1f} %)"
+    )
+    parts = [
+        f"  {part}: {count:,} {'trainable' if trains[part] else 'frozen'}"
+        for part, count in counts.items()
+        if count
+    ]
+    return "\n".join([line, *parts])
 
-    Counts are of the whole model: frozen experts are counted though they are buffers, and an expert
-    that another rank of the expert-parallel group holds is counted once.
+
+def parameter_counts(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """Part -> elements, and part -> elements that train, of the whole model.
+
+    Frozen experts are counted though they are buffers, and an expert that another rank of the
+    expert-parallel group holds is counted once.
     """
     blocks = [m for m in model.modules() if isinstance(m, ExtendedMoE)]
     banks = [bank for block in blocks for bank in block.banks]
@@ -188,16 +204,7 @@ def announce(model: nn.Module) -> str:
         counts[part] = counts.get(part, 0) + parameter.numel()
         trains.setdefault(part, 0)
         trains[part] += parameter.numel() if parameter.requires_grad else 0
-    total, trainable = sum(counts.values()), sum(trains.values())
-    line = (
-        f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / max(total, 1):.1f} %)"
-    )
-    parts = [
-        f"  {part}: {count:,} {'trainable' if trains[part] else 'frozen'}"
-        for part, count in counts.items()
-        if count
-    ]
-    return "\n".join([line, *parts])
+    return counts, trains
 
 
 def _part(path: str) -> str:

@@ -114,24 +114,6 @@ def choose(model: MultimodalMoE, train: list[Trainable]) -> list[Part]:
     return chosen
 
 
-def announce(model: MultimodalMoE, chosen: list[Part]) -> tuple[int, int, str]:
-    """(trainable, all, one line) of this rank's model; frozen experts are buffers and count too.
-
-    Replicated and sharded tensors count once each as this rank holds them.
-    """
-    trainable = sum(part.parameter.numel() for part in chosen)
-    tensors = {id(t): t.numel() for t in [*model.parameters(), *model.buffers()]}
-    for encoder in model.encoders.values():
-        tensors |= {id(t): t.numel() for t in [*encoder.parameters(), *encoder.buffers()]}
-    total = sum(tensors.values())
-    by_kind: dict[str, int] = {}
-    for part in chosen:
-        by_kind[part.trainable.name] = by_kind.get(part.trainable.name, 0) + part.parameter.numel()
-    detail = ", ".join(f"{name} {count:,}" for name, count in by_kind.items())
-    line = f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.1%}): {detail}"
-    return trainable, total, line
-
-
 class FrozenWatch:
     """Notices a frozen tensor that changed: a rolling sample at checkpoints, everything at the end.
 

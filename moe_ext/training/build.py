@@ -1,0 +1,201 @@
+"""What a run needs before it trains: base, data, encoders, and the model of a stage, built fresh."""
+
+import itertools
+import json
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moe_ext.config import BaseConfig, Precision, TrainConfig
+from moe_ext.data import SampleBuilder, prepare_builtin, python_docs
+from moe_ext.data.configured import builtin_manifest, prepare_lengths
+from moe_ext.data.samples import load_tokenizer
+from moe_ext.model.connectors import Connector
+from moe_ext.model.encoders import build_encoder
+from moe_ext.model.extend import load_base
+from moe_ext.model.multimodal import MultimodalMoE
+from moe_ext.training.topology import Topology
+
+_ROUND = itertools.count()
+"""Numbers the calls of `share_work`, the same on all ranks: keys of the store are used once."""
+
+
+@dataclass
+class Prepared:
+    """What all stages share."""
+
+    base_path: Path
+    dtype: torch.dtype
+    encoders: dict[int, nn.Module]
+    """Modality id -> frozen encoder on the device."""
+    build: SampleBuilder
+
+    @property
+    def bf16(self) -> bool:
+        return self.dtype == torch.bfloat16
+
+
+def chosen_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """bf16 or fp32; `auto` is bf16 where the hardware multiplies it natively, on all ranks."""
+    if precision is not Precision.auto:
+        return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    vote = torch.tensor([int(native)], device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+    return torch.bfloat16 if vote.item() else torch.float32
+
+
+def prepare(config: TrainConfig, topology: Topology, say: Callable[[str], None]) -> Prepared:
+    """Base and shards made where they are missing, by one rank each while the others wait.
+
+    Raises:
+        ValueError: a base, encoder or data set that cannot be had.
+    """
+    cache = Path(config.cache_dir)
+    jobs: dict[str, tuple[int, Callable[[], Any]]] = {
+        "base": (0, lambda: prepare_base(config.base, cache, say))
+    }
+    if config.data.builtin:
+        jobs["data"] = (topology.world_size - 1, lambda: prepare_builtin(config.data, cache))
+    path = share_work(topology, jobs)["base"]
+    dtype = chosen_dtype(config.parallel.precision, topology.device)
+    encoders: dict[int, nn.Module] = {}
+    for modality, (name, settings) in enumerate(config.encoder.items(), start=1):
+        try:
+            encoders[modality] = build_encoder(
+                settings.name,
+                settings.path,
+                settings.image_size,
+                settings.tokens_per_item,
+                settings.feature_layer,
+                dtype=dtype,
+            ).to(topology.device)
+        except ValueError as error:
+            raise ValueError(f"encoder.{name}: {error}") from error
+    first: Any = encoders[1]
+    build = SampleBuilder(
+        load_tokenizer(path),
+        first.preprocess,
+        first.tokens_per_item,
+        modality_id=1,
+        prompt=config.data.prompt,
+        max_length=config.data.max_length,
+        chat_template=config.base.chat_template,
+    )
+    if config.data.pack:
+        names = sorted({config.stages[s].data for s in config.chain if config.stages[s].steps})
+        share_work(
+            topology,
+            {
+                f"lengths of {stream}": (
+                    rank,
+                    partial(prepare_lengths, config.data, stream, build, cache_dir=cache),
+                )
+                for rank, stream in enumerate(names)
+            },
+        )
+    return Prepared(Path(path), dtype, encoders, build)
+
+
+def prepare_base(base: BaseConfig, cache: Path, say: Callable[[str], None]) -> Path:
+    """The base's folder; an upcycled one is made once and kept in the cache."""
+    if base.path:
+        return Path(base.path)
+    from moe_ext.model.gguf import builtin_dense
+    from moe_ext.model.upcycle import cached_upcycle, sparse_layers
+
+    dense = Path(base.dense)
+    if base.dense.startswith("builtin:"):
+        dense = builtin_dense(base.dense.removeprefix("builtin:"), cache)
+    num_layers = json.loads((dense / "config.json").read_text())["num_hidden_layers"]
+    layers = sparse_layers(num_layers, base.sparse_every, base.sparse_offset)
+    specialise = base.specialise if base.specialise.tokens > 0 else None
+    texts = [
+        text for kind in ("topics", "docstrings", "code") for text in python_docs("train", kind)
+    ]
+    say(f"base: {len(layers)} of {num_layers} layers with {base.num_experts} experts, from {dense}")
+    return cached_upcycle(dense, cache, base.num_experts, base.top_k, layers, specialise, texts)
+
+
+def build_model(config: TrainConfig, prepared: Prepared, topology: Topology) -> MultimodalMoE:
+    """The base with connectors and without new experts, frozen. Equal on all ranks but for shares."""
+    lm = load_base(
+        prepared.base_path,
+        dtype=prepared.dtype,
+        device=topology.device,
+        ep_rank=topology.ep_rank,
+        ep_size=topology.ep_size,
+        ep_group=topology.ep_group,
+        frozen_placement=config.parallel.frozen_placement,
+    )
+    connectors = nn.ModuleDict()
+    for modality, (name, encoder) in enumerate(
+        zip(config.encoder, prepared.encoders.values(), strict=True), start=1
+    ):
+        dim: Any = encoder.feature_dim
+        connectors[name] = Connector(
+            dim,
+            config.connector.hidden_dim,
+            lm.config.hidden_size,
+            seed=config.seed * 1000 + modality,
+            dtype=prepared.dtype,
+        )
+    connectors.to(topology.device)
+    if config.parallel.activation_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.train()  # transformers checkpoints in training mode only; these models have no dropout
+    return MultimodalMoE(lm, prepared.encoders, connectors)
+
+
+def heldout_manifest(config: TrainConfig) -> Path | None:
+    """The manifest whose held-out splits are evaluated; None when there is none."""
+    if config.data.builtin:
+        return builtin_manifest(config.data, config.cache_dir)
+    stream = config.data.streams.get("heldout")
+    return Path(stream.manifest) if stream is not None else None
+
+
+def share_work(
+    topology: Topology, jobs: dict[str, tuple[int, Callable[[], Any]]]
+) -> dict[str, str]:
+    """Results, as text, of jobs that one rank each does, side by side; equal on all ranks.
+
+    A job may take longer than a collective may wait.
+
+    Args:
+        jobs: name -> (rank that does it, work).
+
+    Raises:
+        RuntimeError: another rank's job failed, with its reason.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    round_ = next(_ROUND)
+    for name, (owner, work) in jobs.items():
+        if owner % topology.world_size == topology.rank:
+            try:
+                store.set(f"moe_ext/{round_}/{name}", f"1{work()}")
+            except BaseException:
+                reason = traceback.format_exc().strip().splitlines()[-1]
+                store.set(f"moe_ext/{round_}/{name}", "0" + reason)
+                raise
+    results = {}
+    for name, (owner, _) in jobs.items():
+        key = f"moe_ext/{round_}/{name}"
+        while not store.check([key]):
+            time.sleep(0.2)
+        answer = store.get(key).decode()
+        if answer[0] == "0":
+            raise RuntimeError(f"rank {owner % topology.world_size}, {name}: {answer[1:]}")
+        results[name] = answer[1:]
+    return results

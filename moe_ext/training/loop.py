@@ -1,0 +1,238 @@
+"""The training loop: one function, top to bottom.
+
+The loss of a step is the sum of its targets' negative log-likelihoods divided by their number over
+all ranks and micro-batches, so it means the same for any number of both.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_ext.config import StageConfig
+from moe_ext.data import Loader
+from moe_ext.model.losses import balance_loss, selection_counts, z_loss
+from moe_ext.model.multimodal import Output
+from moe_ext.training.engine import Engine
+from moe_ext.training.signals import StopFlag
+from moe_ext.training.tracking import Tracker
+
+
+class TooManyBadSteps(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclass
+class Position:
+    """Where a stage stands; all of it is in its checkpoints."""
+
+    step: int = 0
+    """Finished steps."""
+    bad_steps: int = 0
+    """Skipped steps so far."""
+    bad_in_a_row: int = 0
+    tokens: int = 0
+    """Tokens of all ranks so far, padding not counted."""
+    elapsed_s: float = 0.0
+    """Training time so far, over all starts."""
+
+
+def learning_rate_at(step: int, stage: StageConfig) -> float:
+    """Linear warm-up over `warmup_share` of the steps, then a cosine; steps count from 0."""
+    warmup = max(1, round(stage.warmup_share * stage.steps))
+    if step < warmup:
+        return stage.learning_rate * (step + 1) / warmup
+    share = (step - warmup + 1) / max(1, stage.steps - warmup)
+    floor = stage.final_learning_rate_share
+    return stage.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def train(
+    name: str,
+    stage: StageConfig,
+    engine: Engine,
+    loader: Loader,
+    tracker: Tracker,
+    position: Position,
+    save: Callable[[Position], None],
+    stop: StopFlag,
+    *,
+    num_frozen: dict[int, int],
+    audit: Callable[[], None] = lambda: None,
+    log_every: int = 1,
+    global_step: int = 0,
+) -> bool:
+    """Train from `position` to the stage's last step; False when asked to stop before.
+
+    Every rank calls it with the same arguments but for the loader's share.
+
+    Args:
+        save: publishes a checkpoint; called every `stage.checkpoint_every` steps and when stopping.
+        num_frozen: layer -> its frozen experts; ids from there on are new ones.
+        audit: called once, after the third step of this start.
+        global_step: steps of the stages before, so that W&B's steps never run backwards.
+
+    Raises:
+        TooManyBadSteps: more than `stage.max_bad_steps` in a row.
+    """
+    device = engine.topology.device
+    with_losses = stage.balance_coefficient > 0 or stage.z_coefficient > 0
+    batches = iter(loader)
+    audit_at = min(position.step + 3, stage.steps)
+    with tracker.progress(name, stage.steps, position.step) as show:
+        while position.step < stage.steps:
+            began = time.perf_counter()
+
+            # The step's micro-batches first: its targets must be counted before the first backward.
+            micro_batches, wait_s = [], 0.0
+            for _ in range(stage.accumulation):
+                micro_batches.append(next(batches).to(device))
+                wait_s += loader.wait_s
+            counts = [
+                float(sum(batch.num_targets for batch in micro_batches)),
+                float(sum(batch.num_tokens for batch in micro_batches)),
+                float(stop.requested),
+                wait_s,
+            ]
+            num_targets, num_tokens, stop_votes, wait_sum_s = _sum_over_ranks(counts, device)
+
+            # Shares of the loss: over ranks and micro-batches they sum to the step's loss.
+            shown = torch.zeros(3, dtype=torch.float64, device=device)
+            logs = (position.step + 1) % log_every == 0 or position.step + 1 == stage.steps
+            selections: dict[int, Tensor] = {}
+            for batch in micro_batches:
+                output: Output = engine(batch, None, with_losses)
+                nll = output.nll_sum / max(num_targets, 1.0)
+                balance, z = _router_losses(output, with_losses, stage.accumulation)
+                loss = nll + stage.balance_coefficient * balance + stage.z_coefficient * z
+                engine.backward(loss)
+                shown += torch.stack([nll.detach(), balance.detach(), z.detach()])
+                if logs:
+                    _add_selections(selections, output)
+
+            part_norms = engine.part_norms() if logs else {}
+            learning_rate = learning_rate_at(position.step, stage)
+            taken, norm = engine.step(learning_rate)
+
+            position.step += 1
+            position.tokens += int(num_tokens)
+            position.bad_in_a_row = 0 if taken else position.bad_in_a_row + 1
+            position.bad_steps += not taken
+            if not taken:
+                tracker.event("skipped_step", stage=name, step=position.step)
+                tracker.say(f"[{name}] step {position.step}: gradient not finite, step skipped")
+            if position.bad_in_a_row > stage.max_bad_steps:
+                raise TooManyBadSteps(
+                    f"stage {name}: {position.bad_in_a_row} steps in a row had a loss or gradient that is not "
+                    f"finite, more than stages.{name}.max_bad_steps={stage.max_bad_steps}; lower "
+                    f"stages.{name}.learning_rate={stage.learning_rate} or look at the data around step "
+                    f"{position.step}"
+                )
+            if logs:
+                dist.all_reduce(shown)
+                experts = _expert_metrics(selections, num_frozen)
+                took_s = time.perf_counter() - began
+                losses = dict(zip(("nll", "balance", "z"), shown.tolist(), strict=True))
+                record: dict[str, Any] = {
+                    "stage": name,
+                    "step": position.step,
+                    "time_s": position.elapsed_s + took_s,
+                    "loss": losses if with_losses else {"nll": losses["nll"]},
+                    "grad_norm": norm,
+                    "grad_norm_by_part": part_norms,
+                    "learning_rate": learning_rate,
+                    "tokens_per_s": num_tokens / took_s,
+                    "data_wait_s": wait_sum_s / engine.topology.world_size,
+                    "skipped": position.bad_steps,
+                    **experts,
+                }
+                tracker.step(record, global_step + position.step)
+                show(
+                    position.step, f"loss {losses['nll']:.3f}  {num_tokens / took_s:,.0f} tokens/s"
+                )
+            position.elapsed_s += time.perf_counter() - began
+            if position.step == audit_at:
+                audit()
+
+            last = position.step == stage.steps
+            due = stage.checkpoint_every and position.step % stage.checkpoint_every == 0
+            if (due or stop_votes) and not last:
+                save(position)
+            if stop_votes and not last:
+                tracker.say(f"[{name}] stopped on request after step {position.step}, published")
+                return False
+    return True
+
+
+def _sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def _router_losses(output: Output, wanted: bool, accumulation: int) -> tuple[Tensor, Tensor]:
+    """This rank's share of balance loss and z-loss, means over layers and micro-batches.
+
+    Every layer is normalised by its own number of experts. One reduction of all layers' counts.
+    """
+    zero = output.nll_sum.detach().new_zeros(())
+    if not wanted:
+        return zero, zero
+    records = list(output.context.records.values())
+    counts = [selection_counts(record) for record in records]
+    together = torch.cat(counts)
+    dist.all_reduce(together)
+    balance, z = zero, zero
+    for record, counted in zip(records, together.split([len(c) for c in counts]), strict=True):
+        assert record.prob_sum_X is not None
+        assert record.z_sum is not None
+        balance = balance + balance_loss(record.prob_sum_X, counted)
+        z = z + z_loss(record.z_sum, counted[-1])
+    share = 1.0 / (len(records) * accumulation)
+    return balance * share, z * share
+
+
+def _add_selections(selections: dict[int, Tensor], output: Output) -> None:
+    """Add a micro-batch's choices to (text or not, expert) counts by layer."""
+    is_new_T = (output.context.modality_BS.reshape(-1) != 0).long()
+    for layer, record in output.context.records.items():
+        kind_TS = is_new_T.unsqueeze(1).expand_as(record.expert_TS)
+        chosen = record.expert_TS >= 0
+        index = kind_TS[chosen] * record.num_experts + record.expert_TS[chosen]
+        counts = torch.bincount(index, minlength=2 * record.num_experts)
+        selections[layer] = selections.get(layer, 0) + counts.view(2, -1)
+
+
+def _expert_metrics(selections: dict[int, Tensor], num_frozen: dict[int, int]) -> dict[str, Any]:
+    """Load, entropy and new experts' share, over all ranks' tokens. One reduction.
+
+    `expert_load` is the busiest expert's share times the number of experts (1.0 is even);
+    `expert_entropy` is relative to the even distribution's; `new_share` is the share of the choices
+    of text tokens and of image tokens, in extended layers, that went to new experts.
+    """
+    layers = sorted(selections)
+    together = torch.cat([selections[layer].reshape(-1) for layer in layers])
+    dist.all_reduce(together)
+    split = together.split([selections[layer].numel() for layer in layers])
+    load, entropy = {}, {}
+    new, all_ = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for layer, flat in zip(layers, split, strict=True):
+        count_MX = flat.view(2, -1).double().cpu()
+        share_X = count_MX.sum(0) / count_MX.sum().clamp(min=1)
+        load[layer] = float(share_X.max() * len(share_X))
+        entropy[layer] = float(
+            torch.special.entr(share_X).sum() / max(math.log(len(share_X)), 1e-9)
+        )
+        if num_frozen[layer] < len(share_X):
+            new += count_MX[:, num_frozen[layer] :].sum(1)
+            all_ += count_MX.sum(1)
+    metrics: dict[str, Any] = {"expert_load": load, "expert_entropy": entropy}
+    if all_.sum() > 0:
+        shares = (new / all_.clamp(min=1)).tolist()
+        metrics["new_share"] = {"text": shares[0], "image": shares[1]}
+    return metrics

@@ -1,0 +1,486 @@
+"""What each stage does, and the chain align -> probe -> extend -> tune.
+
+Every stage builds the model fresh from the base and the previous stage's published result, trains
+its list with an engine of its own, and publishes a result: every tensor of the extension so far. A
+stage whose result is published is not done again; one that was interrupted goes on from its last
+checkpoint.
+
+    run_dir/stages/<name>/checkpoints/step-000020/     to resume from
+    run_dir/stages/<name>/result/                      to build upon
+    run_dir/probe.json                                 the probe's manifest: where to add what
+"""
+
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_ext.analysis.probe import Measured, load_plans, make_manifest, measure, save_manifest
+from moe_ext.analysis.reduce import Ranks as AnalysisRanks
+from moe_ext.batch import Batch
+from moe_ext.config import StageConfig, StageKind, Trainable, TrainConfig
+from moe_ext.data import merge_states
+from moe_ext.data.configured import open_loader
+from moe_ext.model.extend import (
+    add_extension,
+    announce,
+    attach_extension,
+    base_sha256,
+    extended_layers,
+    parameter_counts,
+)
+from moe_ext.model.multimodal import MultimodalMoE
+from moe_ext.training import resume
+from moe_ext.training.build import Prepared, build_model
+from moe_ext.training.checkpoint import Published, Snapshot, publish, published
+from moe_ext.training.closed_form import start_connectors
+from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter
+from moe_ext.training.loop import Position, train
+from moe_ext.training.ownership import Claim, write_status
+from moe_ext.training.parts import FrozenWatch, Part, choose, parts_of, statics_of
+from moe_ext.training.signals import StopFlag
+from moe_ext.training.topology import Topology
+from moe_ext.training.tracking import Tracker
+
+PROBE_FILE = "probe.json"
+
+
+@dataclass
+class Run:
+    """One start of a run: what the stages share."""
+
+    config: TrainConfig
+    topology: Topology
+    prepared: Prepared
+    tracker: Tracker
+    claim: Claim | None
+    """The right to write into the folder; rank 0's."""
+    stop: StopFlag
+    step0: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def ranks(self) -> AnalysisRanks:
+        t = self.topology
+        return AnalysisRanks(t.rank, t.world_size, t.device)
+
+    def stage_folder(self, name: str) -> Path:
+        return self.folder / "stages" / name
+
+    def result(self, name: str) -> Path | None:
+        """The published result of a stage, or None."""
+        found = [p for p in published(self.stage_folder(name)) if p.name == "result"]
+        return found[0] if found else None
+
+    def publish(self, folder: Path, name: str, snapshot: Snapshot, keep: int | None = None) -> Path:
+        check = None if self.claim is None else self.claim.check
+        t = self.topology
+        return publish(folder, name, snapshot, t.rank, t.world_size, keep, check)
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """The settings that decide a stage's result; a published one must have been made with them."""
+        whole = to_plain(asdict(self.config))
+        stage = {k: v for k, v in whole["stages"][name].items() if k != "checkpoint_every"}
+        parts = ("seed", "base", "encoder", "connector", "extension", "data", "optim")
+        return {"stage": stage} | {
+            part: {k: v for k, v in whole[part].items() if k not in FREE}
+            if isinstance(whole[part], dict)
+            else whole[part]
+            for part in parts
+        }
+
+
+FREE = ("num_workers", "bad_sample_budget")
+"""Settings that change nothing about a result."""
+
+
+def run_chain(run: Run) -> bool:
+    """Run every stage of the chain that is not done; False when asked to stop in between."""
+    previous: str | None = None
+    for index, name in enumerate(run.config.chain):
+        done = run.result(name)
+        if done is not None:
+            check_identity(run, name, Published(done))
+            run.tracker.say(f"[{name}] done before, result in {done}")
+        elif not run_stage(run, index, name, previous):
+            return False
+        previous = name
+    return True
+
+
+def run_stage(run: Run, index: int, name: str, previous: str | None) -> bool:
+    """One stage from the previous one's result to its own; False when stopped before its end."""
+    began = time.perf_counter()
+    stage = run.config.stages[name]
+    torch.manual_seed(run.config.seed * 7919 + index * 101 + run.topology.rank)
+    status(run, "running", name, 0)
+    source = None if previous is None else Published(run.result(previous) or Path())
+    model = stage_model(run, source)
+    if stage.kind is StageKind.extend:
+        extend(run, model)
+        return finish(run, name, model, None, Position(), began, None)
+    before = None
+    if stage.kind is StageKind.probe:
+        run.tracker.say(f"[{name}] counting selections before")
+        before = measure_probe(run, stage, model, modality=1)
+        for layer in extended_layers(model.lm).values():
+            layer.router.add_delta()
+    interrupted = newest_checkpoint(run, name)
+    if interrupted is None and source is None and Trainable.connector in stage.train:
+        start_connectors(run.config, run.prepared, model, run.topology, run.tracker, run.folder)
+    chosen = choose(model, stage.train)
+    model.set_liveness()
+    run.tracker.say(f"[{name}] {announce(model)}")
+    watch = FrozenWatch(model, chosen)
+    engine = make_engine(run, stage, model, chosen)
+    if source is not None and stage.kind is not StageKind.probe:
+        resume.restore_masters(engine, chosen, source, moments=False)
+    finished, position = train_stage(
+        run, index, name, stage, model, chosen, engine, watch, interrupted
+    )
+    if not finished:
+        status(run, "stopped", name, position.step)
+        return False
+    watch.check(1.0)
+    if stage.kind is StageKind.probe:
+        assert before is not None
+        run.tracker.say(f"[{name}] counting selections after")
+        after = measure_probe(run, stage, model)
+        write_probe(run, before, after, stage.statistics_samples)
+        for layer in extended_layers(model.lm).values():
+            layer.router.drop_delta()
+    return finish(run, name, model, engine, position, began, chosen)
+
+
+def stage_model(run: Run, source: Published | None) -> MultimodalMoE:
+    """The model a stage starts from; the extension is attached once a result holds it."""
+    config = run.config
+    model = build_model(config, run.prepared, run.topology)
+    if source is None:
+        return model
+    if any(name.startswith("layers.") for name in source.tensors):
+        attach_extension(
+            model.lm,
+            config.extension.name,
+            load_plans(run.folder / PROBE_FILE),
+            config.extension,
+            modalities=tuple(model.modality_of.values()),
+            seed=config.seed,
+        )
+    missing = resume.load_weights(parts_of(model), statics_of(model), source)
+    if missing:
+        raise RuntimeError(f"{source.folder} lacks {len(missing)} tensors, first {missing[0]}")
+    return model
+
+
+def make_engine(run: Run, stage: StageConfig, model: MultimodalMoE, chosen: list[Part]) -> Engine:
+    optim, parallel = run.config.optim, run.config.parallel
+    settings = EngineSettings(
+        zero_stage=parallel.zero_stage,
+        clip_norm=optim.clip_norm,
+        accumulation=stage.accumulation,
+        sequences_per_rank=stage.sequences_per_rank,
+        bf16=run.prepared.bf16,
+        beta1=optim.beta1,
+        beta2=optim.beta2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
+    trainable = [
+        TrainableParameter(p.name, p.parameter, p.trainable.name, p.sharded) for p in chosen
+    ]
+    return Engine(model, trainable, settings, run.topology)
+
+
+def train_stage(
+    run: Run,
+    index: int,
+    name: str,
+    stage: StageConfig,
+    model: MultimodalMoE,
+    chosen: list[Part],
+    engine: Engine,
+    watch: FrozenWatch,
+    interrupted: Path | None,
+) -> tuple[bool, Position]:
+    """The loop, with what it resumes from and what it publishes. (finished?, where it stands)"""
+    config, topology = run.config, run.topology
+    loader = open_loader(
+        config.data,
+        stage.data,
+        run.prepared.build,
+        sequences_per_rank=stage.sequences_per_rank,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        seed=config.seed * 1000 + index,
+        cache_dir=config.cache_dir,
+    )
+    position = Position()
+    if interrupted is not None:
+        checkpoint = Published(interrupted)
+        check_identity(run, name, checkpoint)
+        checkpoint.verify(topology.rank, topology.world_size)
+        resume.load_weights([], statics_of(model), checkpoint)
+        resume.restore_masters(engine, chosen, checkpoint, moments=True)
+        loader.load_state_dict(checkpoint.state["loader"])
+        position = Position(**checkpoint.state["position"])
+        states = checkpoint.manifest["rank_states"]
+        if topology.rank < len(states):
+            tensors = checkpoint.rank_tensors(topology.rank)
+            resume.restore_generators(tensors, states[topology.rank]["generators"])
+        run.tracker.say(f"[{name}] resumed from step {position.step} of {stage.steps}")
+        run.tracker.event("resume", stage=name, step=position.step, ranks=topology.world_size)
+
+    def save(at: Position) -> None:
+        watch.check()
+        pieces, adam_step = resume.pieces_of(engine, chosen)
+        loaders: list[Any] = [None] * topology.world_size
+        dist.all_gather_object(loaders, loader.state_dict())
+        tensors, generators = resume.generator_states()
+        state = {
+            "stage": name,
+            "position": asdict(at),
+            "adam_step": adam_step,
+            "loader": merge_states(loaders),
+            "identity": run.identity(name),
+        }
+        snapshot = Snapshot(pieces, state, {"generators": generators}, tensors, statics_of(model))
+        folder = run.stage_folder(name) / "checkpoints"
+        run.publish(folder, f"step-{at.step:07d}", snapshot, keep=config.keep_checkpoints)
+        status(run, "running", name, at.step)
+
+    finished = train(
+        name,
+        stage,
+        engine,
+        loader,
+        run.tracker,
+        position,
+        save,
+        run.stop,
+        num_frozen={i: layer.num_frozen for i, layer in extended_layers(model.lm).items()},
+        audit=lambda: audit(run, name, engine, chosen),
+        log_every=config.tracking.log_every,
+        global_step=sum(config.stages[n].steps for n in config.chain[:index]),
+    )
+    return finished, position
+
+
+def audit(run: Run, name: str, engine: Engine, chosen: list[Part]) -> None:
+    """Did everything that shall train receive gradients? A collective.
+
+    Raises:
+        RuntimeError: a whole part (connector, new rows, ...) received none.
+    """
+    fragments = engine.fragments()
+    moved = {part.name: False for part in chosen}
+    for part_name, fragment in fragments.items():
+        moved[part_name] = bool(fragment.exp_avg_sq.any())
+    gathered: list[Any] = [None] * run.topology.world_size
+    dist.all_gather_object(gathered, moved)
+    moved = {n: any(g.get(n, False) for g in gathered) for g in gathered for n in g}
+    for kind in {part.trainable for part in chosen}:
+        names = [part.name for part in chosen if part.trainable is kind]
+        if names and not any(moved[n] for n in names):
+            raise RuntimeError(
+                f"stage {name} trains {kind.name}, but none of its {len(names)} tensors received a "
+                "gradient in three steps"
+            )
+    still = sorted(n for n, did in moved.items() if not did)
+    if still:
+        run.tracker.say(
+            f"[{name}] {len(still)} of {len(moved)} trainable tensors have had no gradient yet, "
+            f"first {still[0]}"
+        )
+        run.tracker.event("no_gradient", stage=name, tensors=still)
+
+
+def measure_probe(
+    run: Run, stage: StageConfig, model: MultimodalMoE, modality: int | None = None
+) -> Measured:
+    """Selections over the probe's samples, equally many batches on every rank."""
+    return measure(
+        model, probe_batches(run, stage.statistics_data, stage.statistics_samples),
+        modality=modality, ranks=run.ranks,
+    )  # fmt: skip
+
+
+def probe_batches(run: Run, stream: str, samples: int) -> Iterator[Batch]:
+    """This rank's share of the first `samples` samples of a stream, rounded up to whole batches."""
+    config, topology, together = run.config, run.topology, 8
+    loader = open_loader(
+        config.data,
+        stream,
+        run.prepared.build,
+        sequences_per_rank=together,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        seed=config.seed,
+        cache_dir=config.cache_dir,
+    )
+    loader.num_workers = 0
+    batches = iter(loader)
+    for _ in range(-(-samples // (together * topology.world_size))):
+        yield next(batches).to(topology.device)
+
+
+def write_probe(run: Run, before: Measured, after: Measured, samples: int) -> None:
+    """Choose layers and sources, and publish the manifest."""
+    extension = run.config.extension
+    manifest = make_manifest(
+        before,
+        after,
+        extension=extension.name,
+        base_sha256=base_sha256(run.prepared.base_path),
+        modality=1,
+        samples=samples,
+        layer_share=extension.layer_share,
+        num_new=extension.num_new_experts,
+        affected_share=extension.affected_share,
+        row_init=extension.row_init,
+        layers=extension.layers or None,
+        ranks=run.ranks,
+    )
+    if run.topology.rank == 0:
+        save_manifest(manifest, run.folder / PROBE_FILE)
+    dist.barrier()
+    chosen = [row["layer"] for row in manifest["layers"] if row["chosen"]]
+    run.tracker.say(f"layers {chosen} are to be extended ({run.folder / PROBE_FILE})")
+
+
+def extend(run: Run, model: MultimodalMoE) -> None:
+    """Add the new experts where the probe's manifest says, or the configuration without a probe."""
+    config = run.config
+    path = run.folder / PROBE_FILE
+    kinds = [config.stages[name].kind for name in config.chain]
+    if StageKind.probe not in kinds:
+        stream = "probe" if config.data.builtin or "probe" in config.data.streams else "train"
+        settings = StageConfig(statistics_data=stream)
+        measured = measure_probe(run, settings, model, modality=1)
+        write_probe(run, measured, measured, settings.statistics_samples)
+    plans = load_plans(path, base_sha256(run.prepared.base_path))
+    add_extension(
+        model.lm,
+        str(run.prepared.base_path),
+        config.extension.name,
+        plans,
+        config.extension,
+        modalities=tuple(model.modality_of.values()),
+        seed=config.seed,
+    )
+
+
+def finish(
+    run: Run,
+    name: str,
+    model: MultimodalMoE,
+    engine: Engine | None,
+    position: Position,
+    began: float,
+    chosen: list[Part] | None,
+) -> bool:
+    """Publish the stage's result and record the stage; True."""
+    topology = run.topology
+    trained: list[Part] = chosen or []
+    pieces, own = [], {part.name for part in trained}
+    if engine is not None and run.config.stages[name].kind is not StageKind.probe:
+        pieces, _ = resume.pieces_of(engine, trained)
+        for piece in pieces:
+            piece.tensors = {"weight": piece.tensors["weight"]}
+    elif engine is not None:
+        own = set()
+    rest = [part for part in parts_of(model) if part.name not in own]
+    pieces += resume.pieces_at_rest(rest, topology.rank, topology.ep_size)
+    counts, trains = parameter_counts(model)
+    state = {"stage": name, "identity": run.identity(name), "position": asdict(position)}
+    run.publish(run.stage_folder(name), "result", Snapshot(pieces, state, shared=statics_of(model)))
+    if topology.rank == 0:
+        shutil.rmtree(run.stage_folder(name) / "checkpoints", ignore_errors=True)
+    minutes = max(time.perf_counter() - began, position.elapsed_s) / 60
+    encoders = sum(p.numel() for e in model.encoders.values() for p in e.parameters())
+    run.tracker.stage(
+        {
+            "stage": name,
+            "kind": run.config.stages[name].kind.name,
+            "steps": position.step,
+            "minutes": minutes,
+            "tokens_per_s": position.tokens / position.elapsed_s if position.elapsed_s else None,
+            "trainable_parameters": sum(trains.values()),
+            "total_parameters": sum(counts.values()) + encoders,
+            "peak_memory_bytes": peak_memory(topology),
+        }
+    )
+    run.tracker.say(f"[{name}] finished in {minutes:.1f} minutes")
+    if engine is not None:
+        engine.destroy()
+    return True
+
+
+def newest_checkpoint(run: Run, name: str) -> Path | None:
+    """The checkpoint to resume a stage from: rank 0's choice, for all ranks."""
+    found = published(run.stage_folder(name) / "checkpoints")
+    choice = [str(found[-1]) if found else ""]
+    if run.topology.world_size > 1:
+        dist.broadcast_object_list(choice, 0)
+    return Path(choice[0]) if choice[0] else None
+
+
+def check_identity(run: Run, name: str, source: Published) -> None:
+    """Refuse to go on from something that other settings made.
+
+    Raises:
+        ValueError: naming the first setting that differs.
+    """
+    theirs, ours = source.state["identity"], run.identity(name)
+    if theirs == ours:
+        return
+    keys = [
+        f"{part}.{key}"
+        for part in ours
+        if isinstance(ours[part], dict)
+        for key in ours[part]
+        if theirs.get(part, {}).get(key) != ours[part][key]
+    ] or [part for part in ours if theirs.get(part) != ours[part]]
+    key = keys[0].replace("stage.", f"stages.{name}.", 1) if keys else "a setting"
+    raise ValueError(
+        f"{source.folder} was made with other settings ({key} differs); use another name or run_dir, "
+        f"restore the setting, or remove {run.folder}"
+    )
+
+
+def to_plain(value: Any) -> Any:
+    """Enums by name, so that a JSON file reads back equal."""
+    if isinstance(value, dict):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(v) for v in value]
+    return value.name if hasattr(value, "name") and not isinstance(value, str) else value
+
+
+def peak_memory(topology: Topology) -> list[int]:
+    """Bytes, one number a rank: of the GPU, or of the process. A collective."""
+    if topology.device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(topology.device)
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
+    all_: list[Any] = [own] * topology.world_size
+    if topology.world_size > 1:
+        dist.all_gather_object(all_, own)
+    return all_
+
+
+def status(run: Run, state: str, stage: str = "", step: int = 0, error: str = "") -> None:
+    if run.topology.rank == 0:
+        write_status(run.folder, state, stage, step, error)
