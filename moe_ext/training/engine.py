@@ -56,7 +56,8 @@ class _Trained(nn.Module):
 
     def __init__(self, forward: Callable[..., Any], parameters: list[TrainableParameter]):
         super().__init__()
-        self._forward_model = forward
+        # not through __setattr__: a module given here would become a submodule, seen by DeepSpeed
+        object.__setattr__(self, "_forward_model", forward)
         for item in parameters:
             self.register_parameter(item.name.replace(".", "/"), item.parameter)
 

@@ -43,7 +43,7 @@ from moe_ext.training.checkpoint import Published, Snapshot, publish, published
 from moe_ext.training.closed_form import start_connectors
 from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter
 from moe_ext.training.loop import Position, train
-from moe_ext.training.ownership import Claim, write_status
+from moe_ext.training.ownership import Claim
 from moe_ext.training.parts import FrozenWatch, Part, choose, parts_of, statics_of
 from moe_ext.training.signals import StopFlag
 from moe_ext.training.topology import Topology
@@ -60,8 +60,8 @@ class Run:
     topology: Topology
     prepared: Prepared
     tracker: Tracker
-    claim: Claim | None
-    """The right to write into the folder; rank 0's."""
+    claim: Claim
+    """This start's right to write into the folder."""
     stop: StopFlag
     step0: dict[str, Any] = field(default_factory=dict)
 
@@ -83,9 +83,8 @@ class Run:
         return found[0] if found else None
 
     def publish(self, folder: Path, name: str, snapshot: Snapshot, keep: int | None = None) -> Path:
-        check = None if self.claim is None else self.claim.check
         t = self.topology
-        return publish(folder, name, snapshot, t.rank, t.world_size, keep, check)
+        return publish(folder, name, snapshot, t.rank, t.world_size, keep, self.claim.check)
 
     def identity(self, name: str) -> dict[str, Any]:
         """The settings that decide a stage's result; a published one must have been made with them."""
@@ -483,4 +482,4 @@ def peak_memory(topology: Topology) -> list[int]:
 
 def status(run: Run, state: str, stage: str = "", step: int = 0, error: str = "") -> None:
     if run.topology.rank == 0:
-        write_status(run.folder, state, stage, step, error)
+        run.claim.write_status(state, stage, step, error)

@@ -1,0 +1,143 @@
+"""The entry that launchers start on every rank: compose or read the configuration, build, run the chain.
+
+deepspeed --num_accelerators 2 --module moe_ext.train experiment=demo parallel.ep_size=2
+torchrun --nproc-per-node 2 -m moe_ext.train experiment=demo parallel.ep_size=2
+python -m moe_ext.train experiment=demo
+python -m moe_ext.train --config-file runs/demo/launch/resolved.yaml
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from moe_ext.compose import ConfigError, load, parser
+from moe_ext.config import TrainConfig, to_yaml
+from moe_ext.config_check import check_world
+from moe_ext.training.ownership import Claim, claim, read_status
+from moe_ext.training.signals import STOPPED_EXIT_CODE, StopFlag
+from moe_ext.training.topology import Ranks, ranks_from_environment
+
+CONFIG_FILE = "config.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 finished, 2 the configuration is refused, 75 stopped on request, 1 failed."""
+    options = parser("moe-ext train").parse_args(argv)
+    ranks = ranks_from_environment()
+    try:
+        config = load(options.config_dir, options.overrides, options.config_file)
+        if not options.show:
+            check_world(config, ranks.world_size, ranks.local_world_size)
+    except (ConfigError, ValueError) as error:
+        if ranks.rank == 0:
+            print(f"moe-ext train: {error}", file=sys.stderr, flush=True)
+        return 2
+    if options.show:
+        print(to_yaml(config), end="")
+        return 0
+    return run(config, ranks)
+
+
+def run(config: TrainConfig, ranks: Ranks) -> int:
+    """Train and evaluate; what goes wrong on this rank is printed, and named in `status.json`."""
+    began = time.time()
+    folder = Path(config.run_dir)
+    claims: list[Claim] = []
+    try:
+        return _run(config, ranks, folder, claims)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
+        print("".join(prefix + line + "\n" for line in text.splitlines()), file=sys.stderr)
+        # A peer's death shows here as a broken connection: let the rank with the cause be first.
+        if "onnection" in str(error) or "Timed out" in str(error):
+            time.sleep(1.0)
+        known = read_status(folder)
+        if claims and (known is None or known.state != "failed" or known.time_s < began):
+            stage, step = (known.stage, known.step) if known else ("", 0)
+            last = text.strip().splitlines()[-1]
+            claims[0].write_status("failed", stage, step, f"rank {ranks.rank}: {last}")
+        return 1
+
+
+def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -> int:
+    # Heavy imports wait until the configuration has been accepted.
+    import torch.distributed
+
+    from moe_ext.training import topology as topologies
+    from moe_ext.training.build import prepare
+    from moe_ext.training.stages import Run, run_chain, to_plain
+    from moe_ext.training.tracking import Tracker
+
+    plain = to_plain(asdict(config))
+    if ranks.rank == 0:
+        claims.append(claim(folder))
+        claims[0].write_status("running")
+        (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=1) + "\n")
+    topology = topologies.start(
+        ranks,
+        config.parallel.ep_size,
+        config.parallel.timeout_s,
+        config.parallel.threads_per_rank,
+    )
+    tokens = [claims[0].token if claims else ""]
+    torch.distributed.broadcast_object_list(tokens, 0)
+    claims[:] = [Claim(folder, tokens[0])]
+    tracking = config.tracking
+    tracker = Tracker(
+        folder,
+        plain,
+        rank=ranks.rank,
+        wandb=tracking.wandb,
+        wandb_project=tracking.wandb_project,
+        wandb_entity=tracking.wandb_entity,
+        name=config.name,
+        group=os.environ.get("MOE_EXT_GROUP", ""),
+        tensorboard=tracking.tensorboard,
+        bars=tracking.progress,
+    )
+    with StopFlag() as stop:
+        began = time.perf_counter()
+        prepared = prepare(config, topology, tracker.say)
+        context = Run(config, topology, prepared, tracker, claims[0], stop)
+        tracker.stage(
+            {
+                "stage": "prepare",
+                "kind": "prepare",
+                "steps": 0,
+                "minutes": (time.perf_counter() - began) / 60,
+            }
+        )
+        if not run_chain(context):
+            tracker.close()
+            topologies.stop()
+            return STOPPED_EXIT_CODE
+        conclude(context)
+        if ranks.rank == 0:
+            claims[0].write_status("finished")
+    tracker.close()
+    topologies.stop()
+    return 0
+
+
+def conclude(context) -> None:  # type: ignore[no-untyped-def]
+    """Evaluate, write the report and the extension's folder, once."""
+    from moe_ext.training.conclusion import evaluate_run
+
+    evaluate_run(context)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 1:
+        os._exit(1)  # an orderly exit may wait for a peer that waits for us
+    sys.exit(code)
