@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_ext.analysis.probe import Measured, load_plans, make_manifest, measure, save_manifest
+from moe_ext.analysis.gaps import Measured, measure
+from moe_ext.analysis.probe import load_plans, make_manifest, save_manifest
 from moe_ext.analysis.reduce import Ranks as AnalysisRanks
 from moe_ext.batch import Batch
 from moe_ext.config import StageConfig, StageKind, Trainable, TrainConfig
