@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from moe_ext.compose import ConfigError, load, parser
 from moe_ext.config import TrainConfig, to_yaml
@@ -73,6 +74,7 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
 
     from moe_ext.training import topology as topologies
     from moe_ext.training.build import prepare
+    from moe_ext.training.conclusion import measure_step0, measure_text_before
     from moe_ext.training.stages import Run, run_chain, to_plain
     from moe_ext.training.tracking import Tracker
 
@@ -115,7 +117,8 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
                 "minutes": (time.perf_counter() - began) / 60,
             }
         )
-        if not run_chain(context):
+        measure_text_before(context)
+        if not run_chain(context, at_step0=measure_step0):
             tracker.close()
             topologies.stop()
             return STOPPED_EXIT_CODE
@@ -127,11 +130,27 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
     return 0
 
 
-def conclude(context) -> None:  # type: ignore[no-untyped-def]
-    """Evaluate, write the report and the extension's folder, once."""
-    from moe_ext.training.conclusion import evaluate_run
+def conclude(run: Any) -> None:
+    """Evaluate, save the extension's folder and write the report; what is there stays."""
+    from moe_ext.analysis.report import write_report
+    from moe_ext.export import save_extension
+    from moe_ext.training.conclusion import evaluate_run, gather_extension, last_model
 
-    evaluate_run(context)
+    model = last_model(run)
+    evaluate_run(run, model)
+    if run.topology.rank == 0:
+        folder = run.folder / "extension"
+        if not folder.exists():
+            notes = {"run": run.config.name, "encoder": list(run.config.encoder)}
+            save_extension(
+                model.lm,
+                folder,
+                connectors=model.connectors,
+                state=gather_extension(run),
+                notes=notes,
+            )
+        run.tracker.say(f"extension: {folder}")
+        run.tracker.say(f"report: {write_report(run.folder)}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,6 @@ class Run:
     claim: Claim
     """This start's right to write into the folder."""
     stop: StopFlag
-    step0: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -104,21 +103,31 @@ FREE = ("num_workers", "bad_sample_budget")
 """Settings that change nothing about a result."""
 
 
-def run_chain(run: Run) -> bool:
-    """Run every stage of the chain that is not done; False when asked to stop in between."""
+def run_chain(run: Run, at_step0: Callable[[Run, MultimodalMoE], None] | None = None) -> bool:
+    """Run every stage of the chain that is not done; False when asked to stop in between.
+
+    Args:
+        at_step0: called with the freshly extended model.
+    """
     previous: str | None = None
     for index, name in enumerate(run.config.chain):
         done = run.result(name)
         if done is not None:
             check_identity(run, name, Published(done))
             run.tracker.say(f"[{name}] done before, result in {done}")
-        elif not run_stage(run, index, name, previous):
+        elif not run_stage(run, index, name, previous, at_step0):
             return False
         previous = name
     return True
 
 
-def run_stage(run: Run, index: int, name: str, previous: str | None) -> bool:
+def run_stage(
+    run: Run,
+    index: int,
+    name: str,
+    previous: str | None,
+    at_step0: Callable[[Run, MultimodalMoE], None] | None = None,
+) -> bool:
     """One stage from the previous one's result to its own; False when stopped before its end."""
     began = time.perf_counter()
     stage = run.config.stages[name]
@@ -128,6 +137,8 @@ def run_stage(run: Run, index: int, name: str, previous: str | None) -> bool:
     model = stage_model(run, source)
     if stage.kind is StageKind.extend:
         extend(run, model)
+        if at_step0 is not None:
+            at_step0(run, model)
         return finish(run, name, model, None, Position(), began, None)
     before = None
     if stage.kind is StageKind.probe:
@@ -199,7 +210,7 @@ def make_engine(run: Run, stage: StageConfig, model: MultimodalMoE, chosen: list
     trainable = [
         TrainableParameter(p.name, p.parameter, p.trainable.name, p.sharded) for p in chosen
     ]
-    return Engine(model, trainable, settings, run.topology)
+    return Engine(model.forward, trainable, settings, run.topology)
 
 
 def train_stage(

@@ -82,6 +82,7 @@ def start(ranks: Ranks, ep_size: int, timeout_s: float, threads_per_rank: int = 
     if ranks.world_size % ep_size:
         raise ValueError(f"parallel.ep_size={ep_size} does not divide the {ranks.world_size} ranks")
     use_gpu = torch.cuda.is_available()
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # the engine insists on it
     if not use_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.utils import logger  # reads DS_ACCELERATOR when imported

@@ -171,6 +171,7 @@ class Progress:
         self.label, self.total, self.done = label, total, done
         self._first, self._began, self._last_line = done, time.monotonic(), 0.0
         self._bar: Any = None
+        self._note = ""
         if bar and sys.stdout.isatty():
             from rich.progress import (
                 BarColumn,
@@ -193,11 +194,13 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
-    def update(self, done: int, note: str = "") -> None:
-        """`done` of the total; `note` stands behind the bar."""
-        self.done = done
+    def update(self, done: int, note: str = "", total: int | None = None) -> None:
+        """`done` of the total, which may change; `note` stands behind the bar."""
+        if total is not None and (total, note) != (self.total, self._note):
+            self.total, self._first, self._began = total, 0, time.monotonic()
+        self.done, self._note = done, note
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.update(self._task, completed=done, note=note, total=self.total)
             return
         now = time.monotonic()
         if now - self._last_line < LINE_EVERY_S and done < self.total:
