@@ -86,7 +86,8 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        reason = str(error).partition("\nSee https")[0]
+        raise ConfigError(f"overrides {' '.join(overrides)}: {' '.join(reason.split())}") from error
     choices = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override()
