@@ -45,7 +45,7 @@ class PackedRows:
         self.fingerprint = build.fingerprint
         sources = stream.streams if isinstance(stream, MixedStream) else [stream]
         self.length_of = {s.name: s.manifest.lengths(self.fingerprint) for s in sources}
-        self._plan = Cache(self._pack, 4)
+        self._plan = Cache(self._pack, 64)
 
     @property
     def identity(self) -> str:
