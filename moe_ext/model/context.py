@@ -27,6 +27,9 @@ class LayerRecord:
     """(X,) fp32 with graph: sum of the router's probabilities over the counted tokens."""
     z_sum: Tensor | None = None
     """() fp32 with graph: sum of squared log-sum-exp over the counted tokens."""
+    kl_sum: Tensor | None = None
+    """() fp32 with graph: sum of KL(base's routing || extended routing) over the counted tokens, in
+    nats; None in a layer without new experts."""
     counted_T: Tensor | None = None
     """(T,) bool: tokens the losses count: not padding, candidates not restricted."""
 

@@ -37,3 +37,14 @@ def balance_loss(prob_sum_X: Tensor, global_counts: Tensor) -> Tensor:
 def z_loss(z_sum: Tensor, global_tokens: Tensor) -> Tensor:
     """Scalar: mean squared log-sum-exp of the router's logits (ST-MoE, eq. 5), as a rank's share."""
     return z_sum / global_tokens.clamp(min=1).float()
+
+
+def router_kl(record: LayerRecord, global_tokens: Tensor) -> Tensor | None:
+    """Scalar: mean KL(base's routing || extended routing) in nats, as a rank's share (SMAR).
+
+    It holds the routing of tokens that may choose new experts near the base's. None in a layer
+    without new experts.
+    """
+    if record.kl_sum is None:
+        return None
+    return record.kl_sum / global_tokens.clamp(min=1).float()

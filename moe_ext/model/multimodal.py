@@ -5,10 +5,12 @@ Z target positions of the micro-batch.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import DynamicCache, PreTrainedModel
 
 from moe_ext.batch import IGNORED_LABEL, Batch
@@ -54,16 +56,25 @@ class MultimodalMoE(nn.Module):
         encoders: modality id -> frozen encoder. Not submodules: an engine that casts or broadcasts
             the model leaves them alone.
         connectors: modality name -> connector, in the order of the modality ids 1, 2, ...
+        activation_checkpointing: keep only the decoder layers' inputs and compute the rest again in
+            backward. Routing is kept, never recomputed.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, encoders: dict[int, nn.Module], connectors: nn.ModuleDict
+        self,
+        lm: PreTrainedModel,
+        encoders: dict[int, nn.Module],
+        connectors: nn.ModuleDict,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.lm, self.connectors = lm, connectors
         (self.holder,) = {layer.holder for layer in extended_layers(lm).values()}
         self.encoders = dict(encoders)
         self.modality_of = {name: 1 + i for i, name in enumerate(connectors)}
+        if activation_checkpointing:
+            for layer in lm.model.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def forward(
         self, batch: Batch, mask: Tensor | None = None, with_losses: bool = False
@@ -76,12 +87,14 @@ class MultimodalMoE(nn.Module):
         """
         context = RoutingContext(batch.modality_ids, batch.segment_ids, with_losses=with_losses)
         self.holder.context = context
-        hidden_BSD = self.lm.model(
-            inputs_embeds=self.embed(batch),
-            attention_mask=attention_mask(batch) if mask is None else mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        # no early stop: recomputation repeats a layer's collectives, all of them on every rank
+        with set_checkpoint_early_stop(False):
+            hidden_BSD = self.lm.model(
+                inputs_embeds=self.embed(batch),
+                attention_mask=attention_mask(batch) if mask is None else mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state
         flat = batch.labels.reshape(-1)
         target_Z = (flat != IGNORED_LABEL).nonzero().squeeze(1)
         # only the targets' rows reach the vocabulary: a sliced (B, S, D) tensor is slow in bf16

@@ -156,10 +156,9 @@ class Router(nn.Module):
             chosen_TK = earlier.base_expert_TK if earlier else self._choose(prob_TE, logits_TE)
             weight_TK = _weights(self.rule, prob_TE, prob_TE, logits_TE, chosen_TK)
             expert_TS = chosen_TK.masked_fill(~valid_T.unsqueeze(1), NO_EXPERT)
-            if earlier is None:
-                record = LayerRecord(expert_TS, self.num_frozen, base_expert_TK=chosen_TK)
-                self._record_losses(record, prob_TE, logits_TE, valid_T, context)
-                context.records[layer_index] = record
+            record = LayerRecord(expert_TS, self.num_frozen, base_expert_TK=chosen_TK)
+            self._record_losses(record, prob_TE, logits_TE, None, valid_T, context)
+            context.records.setdefault(layer_index, record)
             return Routing(expert_TS, weight_TK.masked_fill(~valid_T.unsqueeze(1), 0.0))
         return self._extended(x_TD, logits_TE, context, layer_index, earlier)
 
@@ -231,10 +230,10 @@ class Router(nn.Module):
         expert_TS = expert_TS.masked_fill(~valid_T.unsqueeze(1), NO_EXPERT)
         if earlier is not None:
             expert_TS = earlier.expert_TS
-        else:
-            record = LayerRecord(expert_TS, first, base_expert_TK=base_TK)
-            self._record_losses(record, prob_TX, logits_TX, extended_T & valid_T, context)
-            context.records[layer_index] = record
+        record = LayerRecord(expert_TS, first, base_expert_TK=base_TK)
+        counted_T = extended_T & valid_T
+        self._record_losses(record, prob_TX, logits_TX, logits_TE, counted_T, context)
+        context.records.setdefault(layer_index, record)
 
         calibrated_TX = self._calibrate(prob_TX, context)
         weight_TS = _weights(rule, prob_TX, calibrated_TX, logits_TX, expert_TS)
@@ -265,12 +264,17 @@ class Router(nn.Module):
             first += width
         return total_TX
 
-    def _record_losses(self, record, prob_TX, logits_TX, counted_T, context) -> None:
+    def _record_losses(self, record, prob_TX, logits_TX, base_TE, counted_T, context) -> None:
+        """What the losses need. A recomputation repeats it: it must save the same tensors."""
         if not context.with_losses:
             return
         record.counted_T = counted_T
         record.prob_sum_X = prob_TX[counted_T].sum(0)
-        record.z_sum = logits_TX[counted_T].logsumexp(-1).square().sum()
+        log_sum_T = logits_TX[counted_T].logsumexp(-1)
+        record.z_sum = log_sum_T.square().sum()
+        if base_TE is not None:
+            # of a softmax over E + N columns against the one over E: log(1 / (1 - share of the new))
+            record.kl_sum = (log_sum_T - base_TE[counted_T].logsumexp(-1)).sum()
 
 
 def _probabilities(rule: RoutingRule, logits_TX: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from moe_ext.config import CalibrationKind, Placement, Scope
 from moe_ext.model.connectors import Connector
 from moe_ext.model.experts import NewBank
 from moe_ext.model.load import load_base
+from moe_ext.model.losses import balance_loss, selection_counts
 from moe_ext.model.moe import extended_layers
 from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.model.placement import owners
@@ -202,3 +203,41 @@ def test_placeholders_must_match_the_images(tiny):
     batch.media[1] = batch.media[1][:1]
     with pytest.raises(ValueError, match=r"6 placeholders of modality image but 1 items"):
         build(tiny, True)(batch)
+
+
+def checkpointed_gradients(path, activation_checkpointing: bool) -> dict[str, torch.Tensor]:
+    """Gradients of the likelihood and the balance loss, on one rank or on several."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    group = dist.group.WORLD if world > 1 else None
+    plain = build(path, True, rank, world, group)
+    model = MultimodalMoE(plain.lm, plain.encoders, plain.connectors, activation_checkpointing)
+    batch = batch_of(MIXED if rank == 0 else MIXED[1:])
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel()) or t, lambda t: t
+    ):
+        output = model(batch, with_losses=True)
+    records = output.context.records.values()
+    balance = sum(balance_loss(r.prob_sum_X, selection_counts(r)) for r in records)
+    (output.nll_sum + 0.1 * balance).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return found | {"saved": torch.tensor(float(sum(saved)))}
+
+
+def test_activation_checkpointing_changes_memory_and_nothing_else(tiny):
+    """Routing is kept, collectives are repeated on all ranks alike; gradients are the same bits."""
+
+    def compare(kept: dict[str, torch.Tensor], recomputed: dict[str, torch.Tensor]) -> None:
+        assert recomputed.pop("saved") < 0.7 * kept.pop("saved")
+        for name, grad in kept.items():
+            assert torch.equal(grad, recomputed[name]), name
+
+    compare(checkpointed_gradients(tiny, False), checkpointed_gradients(tiny, True))
+    pairs = zip(
+        run_ranks(checkpointed_gradients, 2, tiny, False),
+        run_ranks(checkpointed_gradients, 2, tiny, True),
+        strict=True,
+    )
+    for kept, recomputed in pairs:
+        compare(kept, recomputed)
