@@ -152,9 +152,6 @@ def build_model(config: TrainConfig, prepared: Prepared, topology: Topology) -> 
             dtype=prepared.dtype,
         )
     connectors.to(topology.device)
-    if config.parallel.activation_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        lm.train()  # transformers checkpoints in training mode only; these models have no dropout
     return MultimodalMoE(
         lm, prepared.encoders, connectors, config.parallel.activation_checkpointing
     )
