@@ -12,18 +12,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "run or resume a chain of stages in this process (launchers start it)",
     ),
     "shards": ("moe_ext.data.commands", "make, index, check and look at webdataset shards"),
+    "upcycle": ("moe_ext.upcycle", "make a mixture-of-experts base out of a dense model"),
     "launch": ("moe_ext.launch", "start a run or a sweep: this machine, a hostfile, Slurm"),
     "jobs": ("moe_ext.jobs.status", "how runs stand: state, last step, loss, error line"),
     "bench": ("moe_ext.benchmarks.commands", "measure the layer or a step beside its peers"),
 }
-"""Command -> (module with `main`, one line of help). Modules are imported only when they are run."""
+"""Command -> (module with `main`, one line of help). Modules are imported only when they are
+run."""
 
 
 def usage() -> str:
     lines = [
         "usage: moe-ext COMMAND [ARGUMENTS]",
         "",
-        f"moe_ext {moe_ext.__version__}: teach a frozen mixture-of-experts language model a new modality",
+        f"moe_ext {moe_ext.__version__}: teach a frozen mixture-of-experts language model a new "
+        "modality",
         "by adding experts. `moe-ext COMMAND --help` explains a command.",
         "",
         *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),

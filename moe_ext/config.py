@@ -111,11 +111,11 @@ class Trainable(Enum):
 class SpecialiseConfig:
     """How the identical copies of an upcycled base are made to differ (see `model/upcycle.py`)."""
 
-    tokens: int = 24576
+    tokens: int = 8192
     """Tokens of text that the fit reads."""
     sequence_length: int = 512
     expert_width: int = 0
-    """Neurons of a routed expert; 0 keeps the dense layer's width."""
+    """Neurons of a routed expert; 0: two thirds of the dense layer's, in a multiple of 64."""
     seed: int = 0
 
 
@@ -124,7 +124,8 @@ class BaseConfig:
     """The pretrained MoE language model, frozen."""
 
     path: str = ""
-    """Folder of a Hugging Face checkpoint of a supported MoE architecture. Empty: upcycle `dense`."""
+    """Folder of a Hugging Face checkpoint of a supported MoE architecture. Empty: upcycle
+    `dense`."""
     dense: str = ""
     """Folder of a dense Hugging Face causal LM to upcycle, or `builtin:smollm2`."""
     num_experts: int = 4
@@ -150,7 +151,8 @@ class EncoderConfig:
     tokens_per_item: int = 9
     """Tokens an image becomes: a square number; the feature grid is average-pooled to it."""
     feature_layer: int = -2
-    """Hidden state of a vision tower that becomes the features (LLaVA's choice; MoExtend's code: -1)."""
+    """Hidden state of a vision tower that becomes the features (LLaVA's choice; MoExtend's code:
+    -1)."""
 
 
 @dataclass
@@ -204,8 +206,8 @@ class StageConfig:
     final_learning_rate_share: float = 0.0
     """The cosine ends at this share of `learning_rate`."""
     balance_coefficient: float = 0.0
-    """Weight of the balance loss E * sum(f * P), 1.0 when even. MoExtend's 0.001 counts f summing to
-    top_k and multiplies by 9: here top_k * 9 / E times that."""
+    """Weight of the balance loss E * sum(f * P), 1.0 when even. MoExtend's 0.001 counts f summing
+    to top_k and multiplies by 9: here top_k * 9 / E times that."""
     z_coefficient: float = 0.0
     checkpoint_every: int = 25
     """Steps between two published checkpoints inside the stage; 0: only at its end."""
@@ -214,8 +216,8 @@ class StageConfig:
     statistics_data: str = "probe"
     """probe: name of the stream of these samples; none of them is trained on."""
     max_bad_steps: int = 10
-    """Steps in a row with a loss or gradient that is not finite, each skipped by all ranks, before the
-    run stops."""
+    """Steps in a row with a loss or gradient that is not finite, each skipped by all ranks, before
+    the run stops."""
     data: str = "train"
     """Name of the sample stream in `data.streams`."""
 
@@ -247,15 +249,17 @@ class DataConfig:
     sequence_length: int = 512
     """Tokens of a packed row; unpacked rows are padded to the longest of their batch."""
     homogeneous_span: int = 1
-    """Neighbouring samples that come from one stream of a mixture. Set to the samples of a step over all
-    ranks, every rank sees one stream, so one modality, a step (Uni-MoE's modality-level data parallelism)."""
+    """Neighbouring samples that come from one stream of a mixture. Set to the samples of a step
+    over all ranks, every rank sees one stream, so one modality, a step (Uni-MoE's modality-level
+    data parallelism)."""
     num_workers: int = 1
     shuffle_window: int = 4096
     """Samples within which the order is shuffled; shards are shuffled as a whole."""
     bad_sample_budget: int = 100
     """Samples that may be skipped, each logged, before the run stops."""
     shard_cache: str = ""
-    """Folder of shards fetched from http(s) or s3, shared by the ranks of a machine; empty: `cache_dir`/shards."""
+    """Folder of shards fetched from http(s) or s3, shared by the ranks of a machine; empty:
+    `cache_dir`/shards."""
     shard_cache_bytes: int = 0
     """Size that folder is kept under; 0: no limit. It must hold the shards of a shuffle window."""
     fetch_timeout_s: float = 30.0
@@ -357,8 +361,8 @@ def from_hydra(composed: Any) -> TrainConfig:
     """The typed configuration of a composed or loaded DictConfig, checked.
 
     Raises:
-        ValueError: an unknown key, a wrong type, a missing value, or a value that breaks a rule; one
-            line that names value, rule, remedy and key.
+        ValueError: an unknown key, a wrong type, a missing value, or a value that breaks a rule;
+            one line that names value, rule, remedy and key.
     """
     from moe_ext.config_check import check  # it needs the classes above
 
@@ -375,7 +379,8 @@ def from_hydra(composed: Any) -> TrainConfig:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The resolved configuration as text that `from_hydra(OmegaConf.create(text))` reads back equal."""
+    """The resolved configuration as text that `from_hydra(OmegaConf.create(text))` reads back
+    equal."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 

@@ -25,11 +25,12 @@ chosen.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2MoeConfig
 
 from moe_ext.config import SpecialiseConfig
 
@@ -266,15 +267,18 @@ def specialise_model(
 
 @torch.no_grad()
 def specialise(
-    dense_path,
+    dense_path: Path,
+    config: Qwen2MoeConfig,
     layers: list[int],
-    num_experts: int,
-    top_k: int,
     settings: SpecialiseConfig,
     texts: list[str],
     progress: Callable[[FitReport], None] | None = None,
 ) -> dict[int, SpecialisedLayer]:
     """Layer -> its specialised experts (float32), for the dense model in a folder.
+
+    Args:
+        config: of the upcycled model: number and width of the experts, and how many a token
+        chooses.
 
     Raises:
         ValueError: too little text.
@@ -288,6 +292,13 @@ def specialise(
             f"base.specialise.sequence_length={settings.sequence_length} exceeds the dense model's "
             f"attention window; choose at most {window}"
         )
-    width = settings.expert_width or lm.config.intermediate_size
-    lm.eval()
-    return specialise_model(lm, tokens, layers, num_experts, top_k, width, settings.seed, progress)
+    return specialise_model(
+        lm.eval(),
+        tokens,
+        layers,
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        settings.seed,
+        progress,
+    )

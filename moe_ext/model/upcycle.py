@@ -60,6 +60,11 @@ def sparse_layers(num_layers: int, every: int, offset: int) -> list[int]:
     return layers
 
 
+def default_width(dense_width: int) -> int:
+    """Neurons of a specialised expert: two thirds of the dense layer's, in a multiple of 64."""
+    return min(dense_width, max(1, round(dense_width * 2 / 3 / 64)) * 64)
+
+
 def moe_config(
     dense: PretrainedConfig, num_experts: int, top_k: int, layers: list[int], expert_width: int
 ) -> Qwen2MoeConfig:
@@ -103,7 +108,7 @@ def moe_config(
         num_experts=num_experts,
         num_experts_per_tok=top_k,
         norm_topk_prob=True,
-        moe_intermediate_size=expert_width or dense.intermediate_size,
+        moe_intermediate_size=expert_width,
         shared_expert_intermediate_size=SHARED_WIDTH,
         qkv_bias=True,
         architectures=["Qwen2MoeForCausalLM"],
@@ -219,16 +224,17 @@ def upcycle(
     dense_path = Path(dense_path)
     dense = AutoConfig.from_pretrained(dense_path)
     layers = sparse_layers(dense.num_hidden_layers, 3, 1) if layers is None else layers
-    width = settings.expert_width if settings else 0
+    width = dense.intermediate_size
+    if settings:
+        width = settings.expert_width or default_width(width)
     config = moe_config(dense, num_experts, top_k, layers, width)
 
     def write(folder: Path) -> None:
         files = TensorFiles(dense_path)
         sparse = {}
         if settings:
-            sparse = specialise(
-                dense_path, layers, num_experts, top_k, settings, calibration_texts or [], progress
-            )
+            texts = calibration_texts or []
+            sparse = specialise(dense_path, config, layers, settings, texts, progress)
         config.save_pretrained(folder)
         save_tensors(folder, checkpoint_tensors(files, config, sparse))
         for name in TOKENIZER_FILES:
@@ -252,6 +258,7 @@ def cached_upcycle(
     layers: list[int],
     settings: SpecialiseConfig | None,
     calibration_texts: list[str],
+    progress: Callable[[FitReport], None] | None = None,
 ) -> Path:
     """The folder in `cache_dir` for these settings, this dense model and these texts, built if
     missing.
@@ -270,4 +277,6 @@ def cached_upcycle(
     ]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     out_path = Path(cache_dir) / f"base-{digest}"
-    return upcycle(dense_path, out_path, num_experts, top_k, layers, settings, calibration_texts)
+    return upcycle(
+        dense_path, out_path, num_experts, top_k, layers, settings, calibration_texts, progress
+    )
