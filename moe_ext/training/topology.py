@@ -7,6 +7,7 @@ place of different groups hold the same experts. The groups are those of DeepSpe
 
 import datetime
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,8 @@ def start(ranks: Ranks, ep_size: int, timeout_s: float, threads_per_rank: int = 
     from deepspeed.utils import logger  # reads DS_ACCELERATOR when imported
 
     logger.setLevel("WARNING")
+    # torch's renaming of collectives that DeepSpeed calls: a line a step and rank otherwise
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not use_gpu:
         from deepspeed.ops import __compatible_ops__
 
