@@ -27,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # A free port, since the launcher's own (29500) may be another run's.
 PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-TRAIN = $(BIN)/deepspeed --num_accelerators $(RANKS) --master_port $(PORT) --module moe_ext.train
+TRAIN = $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --master_port $(PORT) --module moe_ext.train
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-hosts test-docker \

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "upcycle": ("moe_ext.upcycle", "make a mixture-of-experts base out of a dense model"),
     "launch": ("moe_ext.launch", "start a run or a sweep: this machine, a hostfile, Slurm"),
     "jobs": ("moe_ext.jobs.status", "how runs stand: state, last step, loss, error line"),
+    "compare": ("moe_ext.jobs.compare", "mean and spread over runs with different seeds"),
     "bench": ("moe_ext.benchmarks.commands", "measure the layer or a step beside its peers"),
 }
 """Command -> (module with `main`, one line of help). Modules are imported only when they are
