@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
 # top of the package that are not in ARROWS, and benchmarks/ measures peers, so it may import them.
 HOMES: dict[str, set[str]] = {
     "deepspeed": {"training/", "benchmarks/"},
-    "torch.distributed": {"model/dispatch.py", "training/", "analysis/", "benchmarks/"},
+    "torch.distributed": {"model/dispatch.py", "training/", "analysis/", "train.py", "benchmarks/"},
     "webdataset": {"data/shards.py", "benchmarks/"},
     "wandb": {"training/tracking.py"},
     "hydra": {"config.py", "commands"},
@@ -49,6 +49,7 @@ HOMES: dict[str, set[str]] = {
         "data/samples.py",
         "data/commands.py",  # a tokenizer that measures lengths
         "export.py",
+        "upcycle.py",
         "export_hf.py",
         "benchmarks/",
     },
