@@ -188,6 +188,8 @@ class ExtensionConfig:
     affected_share: float = 0.25
     """Share of the new modality's tokens whose expert set a cloned row may change at step 0."""
     calibration: CalibrationKind = CalibrationKind.mlp_add
+    loss_free_rate: float = 0.0
+    """Step of loss-free balancing (arXiv 2408.15664) of the new experts' choice; 0: none."""
 
 
 @dataclass

@@ -26,7 +26,7 @@ from moe_ext.model.extend import LayerPlan, attach_extension, base_sha256
 from moe_ext.model.load import BaseInfo
 from moe_ext.model.lora import LoraBank
 from moe_ext.model.moe import extended_layers
-from moe_ext.model.routing import NewRows
+from moe_ext.model.rows import NewRows
 from moe_ext.model.state import extension_keys, extension_state, load_extension_state
 
 TENSORS, MANIFEST, FORMAT = "extension.safetensors", "manifest.json", 1
@@ -53,6 +53,7 @@ class Extension:
     expert_type: str
     lora_rank: int
     lora_alpha: float
+    loss_free: bool
     layers: dict[str, Layer] = field(default_factory=dict)
     """By decoder layer index; a string, since JSON knows no other keys."""
 
@@ -77,6 +78,7 @@ def describe(lm: nn.Module) -> dict[str, Extension]:
                     else ExpertType.full.value,
                     lora_rank=bank.rank if isinstance(bank, LoraBank) else 0,
                     lora_alpha=bank.alpha if isinstance(bank, LoraBank) else 0.0,
+                    loss_free=rows.learns_correction,
                 )
             layer = Layer(bank.num_experts, list(bank.sources), bool(rows.shared_with))
             found[name].layers[str(index)] = layer
@@ -233,6 +235,7 @@ def _attach(lm: PreTrainedModel, name: str, extension: Extension, placement: Pla
             expert_type=ExpertType(extension.expert_type),
             lora_rank=extension.lora_rank,
             lora_alpha=extension.lora_alpha,
+            loss_free_rate=1.0 if extension.loss_free else 0.0,
         )
         modalities = tuple(extension.modalities)
         attach_extension(lm, name, plans, settings, modalities=modalities)

@@ -24,7 +24,7 @@ from moe_ext.model.layouts import ExpertTensors, Stacked
 from moe_ext.model.load import BaseExperts, BaseInfo, views_of
 from moe_ext.model.lora import LoraBank
 from moe_ext.model.moe import ExtendedMoE, extended_layers
-from moe_ext.model.routing import NewRows
+from moe_ext.model.rows import NewRows
 from moe_ext.model.state import extension_keys, extension_state
 
 _log = logging.getLogger(__name__)
@@ -123,6 +123,8 @@ def _left_out(blocks: dict[int, ExtendedMoE]) -> list[str]:
                 ] = 0
             if rows.bias.any() and block.router.frozen_bias is None:
                 found[f"{name}'s row biases in layer {index}"] = 0
+            if rows.learns_correction and block.router.correction_bias is None:
+                found[f"{name}'s loss-free balance in layer {index}"] = 0
             calibration = rows.calibration
             if calibration is not None:
                 width = block.num_frozen + rows.weight.shape[0]

@@ -20,7 +20,7 @@ from moe_ext.model.extend import (
     load_base,
     remove_extension,
 )
-from moe_ext.model.routing import NewRows
+from moe_ext.model.rows import NewRows
 from tests.model.tiny import TINY, save_tiny
 
 
@@ -101,6 +101,21 @@ def test_layers_and_settings_may_differ_and_extensions_share_a_folder(bases, tmp
 
     remove_extension(lm, "sound")
     assert not torch.equal(_logits(lm, 1), _logits(lm, 0))
+
+
+def test_loss_free_corrections_are_saved_and_loaded(bases, tmp_path):
+    for model_type in ("mixtral", "ernie4_5_moe"):
+        base = bases(model_type)
+        lm = _extended(base, loss_free_rate=0.1)
+        for rows in _new_rows(lm):
+            rows.correction += torch.tensor([0.3, -0.2])
+        folder = save_extension(lm, tmp_path / model_type)
+        again = load_base(base, dtype=torch.float32)
+        load_extension(again, folder)
+        assert torch.equal(_logits(again), _logits(lm))
+        for ours, theirs in zip(_new_rows(again), _new_rows(lm), strict=True):
+            assert torch.equal(ours.correction, theirs.correction)
+        assert all(rows.learns_correction for rows in _new_rows(again))
 
 
 def test_connectors_travel_with_the_extension(bases, tmp_path):

@@ -18,7 +18,7 @@ from moe_ext.config import Scope
 from moe_ext.model.context import ContextHolder, RoutingContext
 from moe_ext.model.moe import extended_layers
 from moe_ext.model.multimodal import MultimodalMoE
-from moe_ext.model.routing import NewRows
+from moe_ext.model.rows import NewRows
 
 
 def text_rows(

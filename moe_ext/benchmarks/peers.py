@@ -30,7 +30,8 @@ from moe_ext.config import Placement, Scope
 from moe_ext.model.context import ContextHolder
 from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
 from moe_ext.model.moe import ExtendedMoE
-from moe_ext.model.routing import NewRows, Router, RoutingRule
+from moe_ext.model.routing import Router, RoutingRule
+from moe_ext.model.rows import NewRows
 
 
 @dataclass

@@ -17,7 +17,7 @@ from moe_ext.model.load import BaseExperts, BaseInfo, fill_expert, load_base
 from moe_ext.model.lora import LoraBank
 from moe_ext.model.moe import ExtendedMoE, extended_layers
 from moe_ext.model.placement import owners
-from moe_ext.model.routing import Calibration, NewRows
+from moe_ext.model.rows import Calibration, NewRows
 from moe_ext.model.start import start_expert, start_rows
 from moe_ext.model.state import extension_state, load_extension_state
 
@@ -135,7 +135,13 @@ def attach_extension(
                 seed=_seed(seed, plan.layer, plan.num_new),
             )
         shared = settings.row_init is RowInit.clone_shared
-        corrected = block.router.correction_bias
+        # a clone competes like its source where the base corrects the choice (DeepSeek-V3)
+        correction = block.router.correction_bias
+        learns = settings.loss_free_rate > 0
+        if correction is not None:
+            correction = correction[plan.sources].clone()
+        elif learns:
+            correction = torch.zeros(plan.num_new, device=device)
         rows = NewRows(
             torch.zeros(plan.num_new, shape.hidden_dim, dtype=info.dtype, device=device),
             torch.zeros(plan.num_new, dtype=info.dtype, device=device),
@@ -143,8 +149,8 @@ def attach_extension(
             modalities,
             calibration,
             plan.sources if shared else None,
-            # a clone competes like its source where the base corrects the choice (DeepSeek-V3)
-            None if corrected is None else corrected[plan.sources].clone(),
+            correction,
+            learns,
         )
         block.add_bank(name, bank, rows)
 

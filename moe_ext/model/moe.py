@@ -15,7 +15,8 @@ from moe_ext.model.context import ContextHolder, text_context
 from moe_ext.model.dispatch import Liveness, dispatch
 from moe_ext.model.experts import NO_EXPERT, Bank, FrozenBank
 from moe_ext.model.placement import owners
-from moe_ext.model.routing import NewRows, Router
+from moe_ext.model.routing import Router
+from moe_ext.model.rows import NewRows
 
 
 class ExtendedMoE(nn.Module):

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ext.config import CalibrationKind, Scope
 from moe_ext.model.context import LayerRecord, RoutingContext
 from moe_ext.model.experts import NO_EXPERT
 
@@ -40,68 +39,6 @@ class RoutingRule:
     """Choice score of the experts of the other groups."""
     fp32_logits: bool = False
     """Multiply the rows in fp32 rather than in the model's dtype."""
-
-
-class Calibration(nn.Module):
-    """A learnt correction of the probabilities, zero at the start (MoExtend's code, `WeightScale`).
-
-    `mlp_add`: p + W1 GELU(W2 p) with a hidden width of 2 (E + N) - 2, the published 9 -> 16 -> 9;
-    W2 ~ N(0, 0.02), W1 = 0. `vector_add`: p + v.
-    """
-
-    def __init__(self, kind: CalibrationKind, num_experts: int, *, dtype, device="cpu", seed: int):
-        super().__init__()
-        self.kind = kind
-        if kind is CalibrationKind.vector_add:
-            self.vector = nn.Parameter(torch.zeros(num_experts, dtype=dtype, device=device))
-        else:
-            hidden = max(2 * num_experts - 2, 2)
-            generator = torch.Generator().manual_seed(seed)
-            w2 = 0.02 * torch.randn(hidden, num_experts, generator=generator)
-            self.w2 = nn.Parameter(w2.to(device, dtype))
-            self.w1 = nn.Parameter(torch.zeros(num_experts, hidden, dtype=dtype, device=device))
-
-    def forward(self, prob_TX: Tensor) -> Tensor:
-        """(T, X): what is added to the probabilities, fp32."""
-        if self.kind is CalibrationKind.vector_add:
-            return self.vector.float().expand_as(prob_TX)
-        return F.linear(F.gelu(F.linear(prob_TX, self.w2.float())), self.w1.float())
-
-
-class NewRows(nn.Module):
-    """Router rows of one extension in one layer, with a scalar bias a row.
-
-    `shared_with[i]` is the frozen expert with which new expert i shares one top-k slot and its
-    weight, or -1 (row initialisation `clone_shared`). `correction_N` is added to the new experts'
-    scores when experts are chosen, beside the frozen ones' correction bias (DeepSeek-V3); None is 0.
-    """
-
-    correction: Tensor | None
-
-    def __init__(
-        self,
-        weight_ND: Tensor,
-        bias_N: Tensor,
-        scope: Scope,
-        modalities: tuple[int, ...],
-        calibration: Calibration | None = None,
-        shared_with: list[int] | None = None,
-        correction_N: Tensor | None = None,
-    ):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight_ND), nn.Parameter(bias_N)
-        self.scope, self.modalities, self.calibration = scope, modalities, calibration
-        self.shared_with = shared_with or []
-        self.register_buffer("correction", correction_N, persistent=False)
-        if len(set(self.shared_with)) < len(self.shared_with):
-            raise ValueError(
-                f"extension.row_init=clone_shared got sources {self.shared_with} in one layer; a "
-                "source shares its slot with one clone: name different sources or use clone"
-            )
-
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, N) fp32."""
-        return F.linear(x_TD, self.weight.to(x_TD.dtype)).float() + self.bias.float()
 
 
 @dataclass
@@ -177,8 +114,12 @@ class Router(nn.Module):
         rule, num_frozen = self.rule, self.num_frozen
         choice_TX = logits_TX if rule.score == "topk_softmax" else prob_TX
         choice_TX = choice_TX.detach()
-        if self.correction_bias is not None:
-            choice_TX = choice_TX + self._correction(choice_TX.shape[1] - num_frozen)
+        corrected = self.correction_bias is not None
+        corrected |= choice_TX.shape[1] > num_frozen and any(
+            rows.correction is not None for rows in self.rows.values()
+        )
+        if corrected:
+            choice_TX = choice_TX + self._correction(choice_TX)
         if rule.num_groups > 1:
             frozen_TE, new_TN = choice_TX.split([num_frozen, choice_TX.shape[1] - num_frozen], 1)
             grouped = frozen_TE.reshape(frozen_TE.shape[0], rule.num_groups, -1)
@@ -192,14 +133,29 @@ class Router(nn.Module):
             choice_TX = torch.cat([frozen_TE, new_TN], 1)
         return choice_TX.topk(rule.top_k, dim=-1).indices
 
-    def _correction(self, num_new: int) -> Tensor:
-        """(E + num_new,) fp32: what the choice adds to the scores; `num_new` is 0 or all."""
-        assert self.correction_bias is not None
-        parts = [self.correction_bias]
-        for rows in self.rows.values() if num_new else ():
-            own = rows.correction
-            parts.append(rows.bias.new_zeros(len(rows.bias)).float() if own is None else own)
+    def _correction(self, choice_TX: Tensor) -> Tensor:
+        """(E,) or (X,) fp32, as wide as the scores: what the choice adds to them."""
+        own = self.correction_bias
+        parts = [choice_TX.new_zeros(self.num_frozen) if own is None else own]
+        if choice_TX.shape[1] > self.num_frozen:
+            for rows in self.rows.values():
+                zeros = choice_TX.new_zeros(rows.weight.shape[0])
+                parts.append(zeros if rows.correction is None else rows.correction)
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def balance_corrections(self, count_X: Tensor, rate: float) -> None:
+        """Loss-free balancing (arXiv 2408.15664) of the new experts only: one step of size `rate`.
+
+        Args:
+            count_X: how often the counted tokens of all ranks chose each expert in this step.
+        """
+        mean, first = count_X.float().mean(), self.num_frozen
+        for rows in self.rows.values():
+            own = count_X[first : first + rows.weight.shape[0]].float()
+            first += rows.weight.shape[0]
+            if rows.learns_correction and count_X.sum() > 0:
+                rows.correction += rate * torch.sign(mean - own)
 
     def _extended(self, x_TD, logits_TE, context, layer_index, earlier) -> Routing:
         """Base routing for tokens that may choose no new expert, extended routing for the others."""
@@ -232,7 +188,8 @@ class Router(nn.Module):
             expert_TS = earlier.expert_TS
         record = LayerRecord(expert_TS, first, base_expert_TK=base_TK)
         counted_T = extended_T & valid_T
-        self._record_losses(record, prob_TX, logits_TX, logits_TE, counted_T, context)
+        # routed_TX: a clone that shares its source's slot is no divergence at step 0
+        self._record_losses(record, prob_TX, routed_TX, logits_TE, counted_T, context)
         context.records.setdefault(layer_index, record)
 
         calibrated_TX = self._calibrate(prob_TX, context)

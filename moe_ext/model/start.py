@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from moe_ext.config import ExpertInit, ExtensionConfig, RowInit
 from moe_ext.model.layouts import ExpertTensors
-from moe_ext.model.routing import NewRows, Router
+from moe_ext.model.routing import Router
+from moe_ext.model.rows import NewRows
 
 
 def start_expert(

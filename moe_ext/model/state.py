@@ -1,7 +1,8 @@
 """An extension's tensors by keys that do not depend on ranks, other extensions or the base's names.
 
-`layers.{layer}.{extension}.experts.{expert}.gate_up` and the other parameters of its bank; `...rows.weight`,
-`...rows.bias`; `...calibration.w1`. `expert` counts the extension's own experts of that layer.
+`layers.{layer}.{extension}.experts.{expert}.gate_up` and the other parameters of its bank;
+`...rows.weight`, `...rows.bias` and, with loss-free balancing, `...rows.correction`;
+`...calibration.w1`. `expert` counts the extension's own experts of that layer.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_ext.model.experts import Bank
 from moe_ext.model.moe import ExtendedMoE, extended_layers
+from moe_ext.model.rows import NewRows
 
 
 def extension_state(lm: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -26,9 +28,8 @@ def extension_state(lm: nn.Module, names: Iterable[str] | None = None) -> dict[s
             for slot, expert in enumerate(bank.expert_ids):
                 for part, stack in bank.named_parameters():
                     state[f"{prefix}.experts.{expert}.{part}"] = stack.detach()[slot]
-            for path, parameter in block.router.rows[name].named_parameters():
-                group = "" if path.startswith("calibration.") else "rows."
-                state[f"{prefix}.{group}{path}"] = parameter.detach()
+            for path, tensor in _of_rows(block, name).items():
+                state[f"{prefix}.{path}"] = tensor.detach()
     return state
 
 
@@ -45,9 +46,7 @@ def extension_keys(lm: nn.Module, names: Iterable[str] | None = None) -> set[str
                 for expert in range(bank.num_experts)
                 for part in parts
             }
-            for path, _ in block.router.rows[name].named_parameters():
-                group = "" if path.startswith("calibration.") else "rows."
-                keys.add(f"{prefix}.{group}{path}")
+            keys |= {f"{prefix}.{path}" for path in _of_rows(block, name)}
     return keys
 
 
@@ -82,6 +81,17 @@ def load_extension_state(
 
 def _present(block: ExtendedMoE, names: Iterable[str] | None) -> list[str]:
     return [name for name in block.new if names is None or name in names]
+
+
+def _of_rows(block: ExtendedMoE, name: str) -> dict[str, Tensor]:
+    rows = block.router.rows[name]
+    assert isinstance(rows, NewRows)
+    found = {}
+    for path, parameter in rows.named_parameters():
+        found[path if path.startswith("calibration.") else f"rows.{path}"] = parameter
+    if rows.learns_correction and rows.correction is not None:
+        found["rows.correction"] = rows.correction
+    return found
 
 
 def _bank(block: ExtendedMoE, name: str) -> Bank:

@@ -14,7 +14,7 @@ from moe_ext.analysis.run_folder import record_evaluation
 from moe_ext.batch import IGNORED_LABEL
 from moe_ext.config import Scope
 from moe_ext.data.batches import collate
-from moe_ext.model.routing import NewRows
+from moe_ext.model.rows import NewRows
 from tests.analysis.small import (
     extend,
     make_build,

@@ -11,7 +11,8 @@ from moe_ext.model.context import ContextHolder, RoutingContext
 from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
 from moe_ext.model.moe import ExtendedMoE
 from moe_ext.model.placement import owners
-from moe_ext.model.routing import Calibration, NewRows, Router, RoutingRule
+from moe_ext.model.routing import Router, RoutingRule
+from moe_ext.model.rows import Calibration, NewRows
 
 DIM, WIDE = 12, 20
 

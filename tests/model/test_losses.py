@@ -4,7 +4,7 @@ import torch
 
 from moe_ext.config import Scope
 from moe_ext.model.context import RoutingContext
-from moe_ext.model.losses import balance_loss, selection_counts, z_loss
+from moe_ext.model.losses import balance_loss, router_kl, selection_counts, z_loss
 from moe_ext.model.routing import RoutingRule
 from tests.model.layers import DIM, Weights, build, sequences
 
@@ -59,3 +59,66 @@ def test_no_counted_token_gives_zero_with_a_graph():
     assert loss.item() == 0.0
     loss.backward()
     assert layer.router.rows["vision"].weight.grad is not None
+
+
+def test_router_kl_is_the_divergence_from_the_base():
+    rule = RoutingRule(top_k=2)
+    layer = build(Weights(4, 2), rule, scope=Scope.joint)
+    context = sequences(3, 9, seed=1)
+    hidden = torch.randn(3, 9, DIM, generator=torch.Generator().manual_seed(0))
+    record = record_of(layer, context, hidden)
+    counts = selection_counts(record)
+
+    rows, expected = layer.router.rows["vision"], torch.zeros(())
+    for b, s in (context.segment_BS != 0).nonzero().tolist():
+        base = (layer.router.frozen_weight @ hidden[b, s]).softmax(-1)
+        logits = torch.cat([layer.router.frozen_weight, rows.weight]) @ hidden[b, s]
+        extended = (logits + torch.cat([torch.zeros(4), rows.bias])).softmax(-1)[:4]
+        expected = expected + (base * (base / extended).log()).sum()
+    loss = router_kl(record, counts[-1])
+    torch.testing.assert_close(loss, expected / counts[-1])
+    loss.backward()
+    assert (rows.bias.grad > 0).all(), "the pull is downwards"
+    assert record_of(build(Weights(4, 0), rule), context, hidden).kl_sum is None
+
+
+def test_a_clone_that_shares_its_slot_is_no_divergence():
+    weights = Weights(4, 1)
+    weights.rows[4], weights.row_bias[0] = weights.rows[2], 0.0
+    layer = build(weights, RoutingRule(top_k=2), scope=Scope.joint, shared_with=[2])
+    hidden = torch.randn(3, 9, DIM, generator=torch.Generator().manual_seed(0))
+    record = record_of(layer, sequences(3, 9, seed=1), hidden)
+    torch.testing.assert_close(record.kl_sum, torch.zeros(()), atol=1e-4, rtol=0)
+
+
+def test_loss_free_balancing_moves_the_choice_of_new_experts_and_nothing_else():
+    """Until the new experts are chosen as often as the average expert; weights keep their rule."""
+    layer = build(Weights(4, 2), RoutingRule(top_k=2), scope=Scope.joint, calibration=False)
+    rows, router = layer.router.rows["vision"], layer.router
+    rows.learns_correction, rows.correction = True, torch.zeros(2)
+    hidden = torch.randn(30, 9, DIM, generator=torch.Generator().manual_seed(0))
+    context = sequences(30, 9, seed=1)
+    with torch.no_grad():
+        rows.bias.copy_(torch.tensor([3.0, -3.0]))
+    shares = []
+    for _ in range(400):
+        record = record_of(layer, context, hidden)
+        count_X = selection_counts(record)[:-1]
+        shares.append(count_X[4:] / count_X.float().mean())
+        before = rows.correction.clone()
+        router.balance_corrections(count_X, 0.005)
+        expected = 0.005 * torch.sign(count_X.float().mean() - count_X[4:])
+        torch.testing.assert_close(rows.correction - before, expected)
+    assert shares[0][0] > 1.5
+    assert shares[0][1] < 0.5
+    assert ((shares[-1] - 1).abs() < 0.1).all()
+
+    # the weights are the family's: probabilities of the chosen experts, without the correction
+    x_TD = hidden.view(-1, DIM)
+    routing = router(x_TD, RoutingContext(context.modality_BS, context.segment_BS), 0)
+    logits = x_TD @ torch.cat([router.frozen_weight, rows.weight]).T
+    prob = (logits + torch.cat([torch.zeros(4), rows.bias])).softmax(-1)
+    valid = context.segment_BS.view(-1) != 0
+    chosen = prob.gather(1, routing.expert_TS.clamp(min=0))
+    chosen = chosen / chosen.sum(1, keepdim=True)
+    torch.testing.assert_close(routing.weight_TS[valid], chosen[valid])

@@ -16,7 +16,7 @@ from moe_ext.model.losses import balance_loss, selection_counts
 from moe_ext.model.moe import extended_layers
 from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.model.placement import owners
-from moe_ext.model.routing import Calibration, NewRows
+from moe_ext.model.rows import Calibration, NewRows
 from tests.model.tiny import save_tiny
 from tests.ranks import run_ranks
 
