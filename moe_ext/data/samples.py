@@ -277,9 +277,15 @@ def decode_image(data: bytes, key: str, max_pixels: int = MAX_PIXELS) -> Image.I
         if image.mode == "RGB":
             image.load()
             return image
+        if not image.has_transparency_data:
+            return image.convert("RGB")
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        alpha = image.getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            return image.convert("RGB")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=alpha)
+        return white
     except BadSample:
         raise
     except Exception as error:  # PIL raises many kinds (OSError, SyntaxError, struct.error, ...)

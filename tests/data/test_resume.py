@@ -122,7 +122,7 @@ def take_as_workers_would(loader, steps):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_topology_to_any_other(set_ups, kind):
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=20, deadline=None, derandomize=True)
     @given(legs=LEGS)
     def holds(legs):
         check(set_ups[kind], legs, take_as_workers_would)

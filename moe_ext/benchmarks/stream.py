@@ -1,0 +1,212 @@
+"""`moe-ext bench stream`: samples a second of one process, beside raw tar reading and other loaders.
+
+Every reader gives the same samples of the same shards, from the page cache, members as bytes (and in
+the second half images as decoded RGB arrays). Readers take turns, so that a busy machine slows all
+of them; the ratio is the median over rounds of ours / theirs within a round.
+"""
+
+import argparse
+import importlib.util
+import io
+import json
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+from moe_ext.data import Manifest, ShardStream, write_shards
+from moe_ext.data.samples import decode_image
+
+Reader = Callable[[], Iterator[object]]
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(list(arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.manifest or str(
+            synthetic(Path(folder) / "shards", options.samples, options.pixels)
+        )
+        result = measure(Path(path), Path(folder), options.rounds)
+    print(table(result))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="moe-ext bench stream", description=__doc__)
+    top.add_argument("--manifest", default="", help="shards to read; default: synthetic photos")
+    top.add_argument("--samples", type=int, default=2000, help="synthetic samples")
+    top.add_argument("--pixels", type=int, default=256, help="side of a synthetic photo")
+    top.add_argument("--rounds", type=int, default=7)
+    top.add_argument("--json", default="", help="write the result here")
+    return top
+
+
+def synthetic(folder: Path, num_samples: int, pixels: int) -> Path:
+    """Manifest of noisy JPEGs (like photos in size and decoding time) with captions."""
+    draw = np.random.default_rng(0)
+    images = []
+    for _ in range(16):  # a few pictures, many times: the bytes matter, not the content
+        low = draw.integers(0, 255, (pixels // 8, pixels // 8, 3), np.uint8)
+        noisy = np.array(Image.fromarray(low).resize((pixels, pixels)), np.int16)
+        noisy = np.clip(noisy + draw.integers(-12, 12, noisy.shape), 0, 255).astype(np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(noisy).save(out, "JPEG", quality=90)
+        images.append(out.getvalue())
+    return write_shards(
+        (
+            (
+                "train",
+                {
+                    "__key__": f"{i:06d}",
+                    "jpg": images[i % 16],
+                    "json": json.dumps({"caption": f"picture {i}"}).encode(),
+                },
+            )
+            for i in range(num_samples)
+        ),
+        folder,
+        samples_per_shard=500,
+    )
+
+
+def readers(manifest: Manifest, folder: Path) -> dict[str, dict[str, Reader]]:
+    """Kind ("raw", "decoded") -> name -> one pass over all samples."""
+    urls = [manifest.url(i) for i in range(len(manifest.shards))]
+
+    def raw_tar() -> Iterator[object]:
+        for url in urls:
+            with tarfile.open(url, "r|") as tar:
+                for member in tar:
+                    yield tar.extractfile(member).read()  # type: ignore[union-attr]
+
+    def plain_webdataset() -> Iterator[object]:
+        yield from webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+
+    def webdataset_decoded() -> Iterator[object]:
+        yield from webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8")
+
+    def ours(shuffle: bool) -> Iterator[dict]:
+        return ShardStream(manifest, split="all", shuffle=shuffle, window=1000).epoch()
+
+    def decoded() -> Iterator[object]:
+        for raw in ours(True):
+            name = next(k for k in raw if k in ("jpg", "png"))
+            yield np.asarray(decode_image(raw[name], "")), json.loads(raw["json"])
+
+    found: dict[str, dict[str, Reader]] = {
+        "raw": {
+            "ours": lambda: ours(True),
+            "ours_unshuffled": lambda: ours(False),
+            "raw_tar": raw_tar,
+            "webdataset": plain_webdataset,
+        },
+        "decoded": {"ours": decoded, "webdataset": webdataset_decoded},
+    }
+    if importlib.util.find_spec("streaming"):
+        found["raw"]["mosaicml_streaming"], found["decoded"]["mosaicml_streaming"] = _mosaic(
+            manifest, folder
+        )
+    if importlib.util.find_spec("litdata"):
+        found["raw"]["litdata"], found["decoded"]["litdata"] = _litdata(manifest, folder)
+    return found
+
+
+def measure(path: Path, folder: Path, rounds: int) -> dict:
+    """Samples a second by kind and reader (median over rounds) and ratios ours / theirs."""
+    manifest = Manifest.load(path)
+    n = manifest.num_samples
+    result: dict = {
+        "samples": n,
+        "bytes": sum(s.size_bytes for s in manifest.shards),
+        "shards": len(manifest.shards),
+        "rounds": rounds,
+        "samples_per_s": {},
+        "ratios": {},
+    }
+    for kind, chosen in readers(manifest, folder).items():
+        speeds: dict[str, list[float]] = {name: [] for name in chosen}
+        for turn in range(rounds + 1):
+            for name, read in chosen.items():
+                began = time.perf_counter()
+                for _ in read():
+                    pass
+                if turn:  # the first round fills the page cache
+                    speeds[name].append(n / (time.perf_counter() - began))
+        result["samples_per_s"][kind] = {k: statistics.median(v) for k, v in speeds.items()}
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(speeds["ours"], other, strict=True))
+            for name, other in speeds.items()
+            if name != "ours"
+        }
+        if kind == "raw":
+            result["ratios"].update(ratios)
+        else:
+            result["ratios"].update({f"{name}_decoded": r for name, r in ratios.items()})
+    return result
+
+
+def table(result: dict) -> str:
+    lines = [
+        f"{result['samples']:,} samples, {result['bytes'] / 1e6:.0f} MB in {result['shards']} shards, "
+        f"median of {result['rounds']} rounds, one process",
+        f"{'':<24}{'samples/s':>12}{'ours / it':>12}",
+    ]
+    for kind, speeds in result["samples_per_s"].items():
+        lines.append(f"{kind}:")
+        for name, speed in speeds.items():
+            ratio = result["ratios"].get(name if kind == "raw" else f"{name}_decoded")
+            shown = f"{ratio:12.2f}" if ratio is not None else ""
+            lines.append(f"  {name:<22}{speed:12,.0f}{shown}")
+    return "\n".join(lines)
+
+
+def _mosaic(manifest: Manifest, folder: Path) -> tuple[Reader, Reader]:
+    from streaming import MDSWriter, StreamingDataset
+
+    out = str(folder / "mds")
+    with MDSWriter(out=out, columns={"jpg": "bytes", "json": "bytes"}) as writer:
+        for raw in ShardStream(manifest, split="all", shuffle=False).epoch():
+            writer.write({"jpg": raw.get("jpg") or raw["png"], "json": raw["json"]})
+
+    def raw() -> Iterator[object]:
+        yield from StreamingDataset(local=out, shuffle=True, batch_size=1)
+
+    def decoded() -> Iterator[object]:
+        for sample in raw():
+            yield np.asarray(decode_image(sample["jpg"], "")), json.loads(sample["json"])  # type: ignore[index]
+
+    return raw, decoded
+
+
+def _litdata(manifest: Manifest, folder: Path) -> tuple[Reader, Reader]:
+    from litdata import StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    out = str(folder / "lit")
+    writer = BinaryWriter(out, chunk_bytes="64MB")
+    for i, raw in enumerate(ShardStream(manifest, split="all", shuffle=False).epoch()):
+        writer[i] = {"jpg": raw.get("jpg") or raw["png"], "json": raw["json"]}
+    writer.done()
+    writer.merge(1)
+
+    def raw_bytes() -> Iterator[object]:
+        yield from StreamingDataset(out, shuffle=True)
+
+    def decoded() -> Iterator[object]:
+        for sample in raw_bytes():
+            yield np.asarray(decode_image(sample["jpg"], "")), json.loads(sample["json"])  # type: ignore[index]
+
+    return raw_bytes, decoded
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
