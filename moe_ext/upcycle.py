@@ -6,13 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from moe_ext.config import BaseConfig, SpecialiseConfig
 from moe_ext.data.texts import python_docs
 from moe_ext.model.gguf import BUILTIN, builtin_dense
 from moe_ext.model.specialise import FitReport
-from moe_ext.model.upcycle import cached_upcycle, sparse_layers, upcycle
+from moe_ext.model.upcycle import cached_upcycle, num_decoder_layers, sparse_layers, upcycle
 
 BUILTIN_PREFIX = "builtin:"
 
@@ -61,7 +59,7 @@ def prepare_base(
     if base.path:
         return Path(base.path)
     dense = dense_folder(base.dense, Path(cache_dir))
-    num_layers = AutoConfig.from_pretrained(dense).num_hidden_layers
+    num_layers = num_decoder_layers(dense)
     return cached_upcycle(
         dense,
         Path(cache_dir),
@@ -117,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     start = time.perf_counter()
     try:
         dense = dense_folder(given.dense, given.out.parent)
-        num_layers = AutoConfig.from_pretrained(dense).num_hidden_layers
+        num_layers = num_decoder_layers(dense)
         layers = sparse_layers(num_layers, given.sparse_every, given.sparse_offset)
         settings = SpecialiseConfig(
             tokens=given.tokens, expert_width=given.expert_width, seed=given.seed

@@ -45,6 +45,11 @@ TOKENIZER_FILES = (
 )
 
 
+def num_decoder_layers(path: Path) -> int:
+    """Decoder layers of the model in a Hugging Face folder."""
+    return AutoConfig.from_pretrained(path).num_hidden_layers
+
+
 def sparse_layers(num_layers: int, every: int, offset: int) -> list[int]:
     """Layers that become sparse: `offset`, `offset + every`, ...
 
