@@ -107,7 +107,7 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
     )
     with StopFlag() as stop:
         began = time.perf_counter()
-        prepared = prepare(config, topology, tracker.say)
+        prepared = prepare(config, topology, lambda: base_folder(config, tracker))
         context = Run(config, topology, prepared, tracker, claims[0], stop)
         tracker.stage(
             {
@@ -128,6 +128,21 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
     tracker.close()
     topologies.stop()
     return 0
+
+
+def base_folder(config: TrainConfig, tracker: Any) -> Path:
+    """The base's folder; upcycled now, with a bar, when it is not in the cache."""
+    from moe_ext.upcycle import prepare_base
+
+    every = config.base.sparse_every
+    with tracker.progress("base", 0) as show:
+        done = [0]
+
+        def progress(report: Any) -> None:
+            done[0] += 1
+            show(done[0], f"experts of layer {report.layer} (one layer in {every})")
+
+        return prepare_base(config.base, Path(config.cache_dir), progress)
 
 
 def conclude(run: Any) -> None:

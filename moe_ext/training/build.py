@@ -1,7 +1,6 @@
 """What a run needs before it trains: base, data, encoders, and the model of a stage, built fresh."""
 
 import itertools
-import json
 import time
 import traceback
 from collections.abc import Callable
@@ -14,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_ext.config import BaseConfig, Precision, TrainConfig
-from moe_ext.data import SampleBuilder, prepare_builtin, python_docs
+from moe_ext.config import Precision, TrainConfig
+from moe_ext.data import SampleBuilder, prepare_builtin
 from moe_ext.data.configured import builtin_manifest, prepare_lengths
 from moe_ext.data.samples import load_tokenizer
 from moe_ext.model.connectors import Connector
@@ -56,16 +55,17 @@ def chosen_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if vote.item() else torch.float32
 
 
-def prepare(config: TrainConfig, topology: Topology, say: Callable[[str], None]) -> Prepared:
+def prepare(config: TrainConfig, topology: Topology, prepare_base: Callable[[], Path]) -> Prepared:
     """Base and shards made where they are missing, by one rank each while the others wait.
+
+    Args:
+        prepare_base: the folder of the base, made now unless it is there.
 
     Raises:
         ValueError: a base, encoder or data set that cannot be had.
     """
     cache = Path(config.cache_dir)
-    jobs: dict[str, tuple[int, Callable[[], Any]]] = {
-        "base": (0, lambda: prepare_base(config.base, cache, say))
-    }
+    jobs: dict[str, tuple[int, Callable[[], Any]]] = {"base": (0, prepare_base)}
     if config.data.builtin:
         jobs["data"] = (topology.world_size - 1, lambda: prepare_builtin(config.data, cache))
     path = share_work(topology, jobs)["base"]
@@ -106,26 +106,6 @@ def prepare(config: TrainConfig, topology: Topology, say: Callable[[str], None])
             },
         )
     return Prepared(Path(path), dtype, encoders, build)
-
-
-def prepare_base(base: BaseConfig, cache: Path, say: Callable[[str], None]) -> Path:
-    """The base's folder; an upcycled one is made once and kept in the cache."""
-    if base.path:
-        return Path(base.path)
-    from moe_ext.model.gguf import builtin_dense
-    from moe_ext.model.upcycle import cached_upcycle, sparse_layers
-
-    dense = Path(base.dense)
-    if base.dense.startswith("builtin:"):
-        dense = builtin_dense(base.dense.removeprefix("builtin:"), cache)
-    num_layers = json.loads((dense / "config.json").read_text())["num_hidden_layers"]
-    layers = sparse_layers(num_layers, base.sparse_every, base.sparse_offset)
-    specialise = base.specialise if base.specialise.tokens > 0 else None
-    texts = [
-        text for kind in ("topics", "docstrings", "code") for text in python_docs("train", kind)
-    ]
-    say(f"base: {len(layers)} of {num_layers} layers with {base.num_experts} experts, from {dense}")
-    return cached_upcycle(dense, cache, base.num_experts, base.top_k, layers, specialise, texts)
 
 
 def build_model(config: TrainConfig, prepared: Prepared, topology: Topology) -> MultimodalMoE:

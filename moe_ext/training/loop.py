@@ -47,7 +47,7 @@ def learning_rate_at(step: int, stage: StageConfig) -> float:
     warmup = max(1, round(stage.warmup_share * stage.steps))
     if step < warmup:
         return stage.learning_rate * (step + 1) / warmup
-    share = (step - warmup + 1) / max(1, stage.steps - warmup)
+    share = (step - warmup + 1) / (stage.steps - warmup + 1)  # the last step still moves
     floor = stage.final_learning_rate_share
     return stage.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
 

@@ -139,7 +139,7 @@ def run_stage(
         extend(run, model)
         if at_step0 is not None:
             at_step0(run, model)
-        return finish(run, name, model, None, Position(), began, None)
+        return finish(run, name, model, None, Position(), began, None, count(model, []))
     before = None
     if stage.kind is StageKind.probe:
         run.tracker.say(f"[{name}] counting selections before")
@@ -152,6 +152,7 @@ def run_stage(
     chosen = choose(model, stage.train)
     model.set_liveness()
     run.tracker.say(f"[{name}] {announce(model)}")
+    numbers = count(model, chosen)
     watch = FrozenWatch(model, chosen)
     engine = make_engine(run, stage, model, chosen)
     if source is not None and stage.kind is not StageKind.probe:
@@ -170,7 +171,7 @@ def run_stage(
         write_probe(run, before, after, stage.statistics_samples)
         for layer in extended_layers(model.lm).values():
             layer.router.drop_delta()
-    return finish(run, name, model, engine, position, began, chosen)
+    return finish(run, name, model, engine, position, began, chosen, numbers)
 
 
 def stage_model(run: Run, source: Published | None) -> MultimodalMoE:
@@ -399,8 +400,13 @@ def finish(
     position: Position,
     began: float,
     chosen: list[Part] | None,
+    numbers: tuple[int, int],
 ) -> bool:
-    """Publish the stage's result and record the stage; True."""
+    """Publish the stage's result and record the stage; True.
+
+    Args:
+        numbers: trainable and all parameters, encoders apart.
+    """
     topology = run.topology
     trained: list[Part] = chosen or []
     pieces, own = [], {part.name for part in trained}
@@ -412,7 +418,6 @@ def finish(
         own = set()
     rest = [part for part in parts_of(model) if part.name not in own]
     pieces += resume.pieces_at_rest(rest, topology.rank, topology.ep_size)
-    counts, trains = parameter_counts(model)
     state = {"stage": name, "identity": run.identity(name), "position": asdict(position)}
     run.publish(run.stage_folder(name), "result", Snapshot(pieces, state, shared=statics_of(model)))
     if topology.rank == 0:
@@ -426,8 +431,8 @@ def finish(
             "steps": position.step,
             "minutes": minutes,
             "tokens_per_s": position.tokens / position.elapsed_s if position.elapsed_s else None,
-            "trainable_parameters": sum(trains.values()),
-            "total_parameters": sum(counts.values()) + encoders,
+            "trainable_parameters": numbers[0],
+            "total_parameters": numbers[1] + encoders,
             "peak_memory_bytes": peak_memory(topology),
         }
     )
@@ -435,6 +440,12 @@ def finish(
     if engine is not None:
         engine.destroy()
     return True
+
+
+def count(model: MultimodalMoE, chosen: list[Part]) -> tuple[int, int]:
+    """(trainable, all) parameters of the whole model."""
+    counts, trains = parameter_counts(model)
+    return sum(trains.values()) if chosen else 0, sum(counts.values())
 
 
 def newest_checkpoint(run: Run, name: str) -> Path | None:
