@@ -70,8 +70,6 @@ def run(config: TrainConfig, ranks: Ranks) -> int:
 
 def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -> int:
     # Heavy imports wait until the configuration has been accepted.
-    import torch.distributed
-
     from moe_ext.training import topology as topologies
     from moe_ext.training.build import prepare
     from moe_ext.training.conclusion import measure_step0, measure_text_before
@@ -89,9 +87,8 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
         config.parallel.timeout_s,
         config.parallel.threads_per_rank,
     )
-    tokens = [claims[0].token if claims else ""]
-    torch.distributed.broadcast_object_list(tokens, 0)
-    claims[:] = [Claim(folder, tokens[0])]
+    token = topologies.from_rank_0(claims[0].token if claims else "")
+    claims[:] = [Claim(folder, token)]
     tracking = config.tracking
     tracker = Tracker(
         folder,

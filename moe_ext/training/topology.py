@@ -9,6 +9,7 @@ import datetime
 import os
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -135,6 +136,13 @@ def limit_waiting(timeout_s: float) -> None:
 
     for group in list(_world.pg_map):
         _set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on all ranks. A collective."""
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def stop() -> None:
