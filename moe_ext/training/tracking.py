@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,12 +70,11 @@ class Wandb:
         identity = run_dir / "wandb_id"
         try:
             import wandb
-            from wandb.util import generate_id
         except Exception as error:
             say(f"W&B is off: {type(error).__name__}: {error}")
             return
         if not identity.is_file():
-            identity.write_text(generate_id())
+            identity.write_text(secrets.token_hex(4))
         self.id = identity.read_text().strip()
         common = {
             "project": project,
