@@ -35,7 +35,7 @@ REGISTRY_HOSTS = [
     "proxy." + "golang.org",
 ]
 MACHINE_PATHS = ["/" + "opt/", "/" + "work/", "/" + "root/"]
-MAX_MODULE_LINES = 500
+MAX_MODULE_LINES = 550
 TABLES = {"config.py"}  # one setting and its meaning after the other: length is no burden there
 MAX_FUNCTION_LINES = 120
 MAX_FILE_BYTES = 1_000_000
@@ -147,8 +147,26 @@ def test_make_targets_in_the_documents_exist() -> None:
 
 def test_files_that_the_documents_link_exist() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):  # not URLs
             assert (path.parent / target).exists(), f"{path.name} links {target}"
+
+
+def test_files_in_the_readme_s_reading_order_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("## The files, in reading order") :].partition("\n## ")[0]
+    for row in re.findall(r"^\| (`.*?) \|", table, re.M):
+        folder = Path()
+        for name in re.findall(r"`([^`]+)`", row):
+            path = Path(name) if "/" in name else folder / name
+            assert (ROOT / path).exists(), f"README.md names {path}"
+            folder = path.parent
+
+
+def test_the_readme_lists_every_command() -> None:
+    cli = pytest.importorskip("moe_ext.cli")
+    text = (ROOT / "README.md").read_text()
+    for name, (_, line) in cli.COMMANDS.items():
+        assert f"    {name:<10} {line}" in text, f"README.md lacks {name}, or says something else"
 
 
 def test_moe_ext_commands_in_the_documents_exist() -> None:
