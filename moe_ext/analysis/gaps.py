@@ -96,28 +96,30 @@ def bias_for(gap_T: Tensor, affected_share: float) -> float:
 
 
 def logit_gaps(router: Router, logits_TE: Tensor, chosen_TK: Tensor) -> Gaps:
-    """Gaps of every expert's clone. A clone enters when its choice score beats the lowest chosen one.
+    """Gaps of every expert's clone: it enters when its choice score beats the lowest chosen one.
 
-    By logits for softmax families; sigmoid families compare sigmoid(logit) + correction, where a new
-    expert has no correction. Softmax with a correction: the normaliser without the clone is used, an
-    approximation that the measured shares show.
+    Scores are logits in softmax families. With a correction, a clone has its source's: the score it
+    needs is turned back into a logit. Softmax with a correction uses the normaliser without the
+    clone, an approximation that the measured shares show.
     """
-    rule = router.rule
-    score_TE = logits_TE
+    rule, correction = router.rule, router.correction_bias
     if rule.score == "sigmoid":
         score_TE = logits_TE.sigmoid()
-    elif router.correction_bias is not None:
-        score_TE = logits_TE.softmax(-1)
-    if router.correction_bias is not None:
-        score_TE = score_TE + router.correction_bias.float()
-    lowest_T1, slot_T1 = score_TE.gather(1, chosen_TK).min(1, keepdim=True)
-    if rule.score == "sigmoid":
-        needed_T1 = lowest_T1.clamp(0.0, 1.0).logit()  # 0 and 1 become -inf and inf
-    elif router.correction_bias is not None:
-        needed_T1 = lowest_T1.clamp(min=0.0).log() + logits_TE.logsumexp(-1, keepdim=True)
+    elif correction is None:
+        score_TE = logits_TE
     else:
-        needed_T1 = lowest_T1
-    return Gaps(needed_T1 - logits_TE, chosen_TK.gather(1, slot_T1).squeeze(1))
+        score_TE = logits_TE.softmax(-1)
+    correction_E = torch.zeros_like(logits_TE[0]) if correction is None else correction.float()
+    lowest_T1, slot_T1 = (score_TE + correction_E).gather(1, chosen_TK).min(1, keepdim=True)
+    needed_TE = lowest_T1 - correction_E
+    if rule.score == "sigmoid":
+        needed_TE = needed_TE.clamp(0.0, 1.0).logit()  # 0 and 1 become -inf and inf
+    elif correction is not None:
+        needed_TE = needed_TE.clamp(min=0.0).log() + logits_TE.logsumexp(-1, keepdim=True)
+    last_T1 = chosen_TK.gather(1, slot_T1)
+    # the clone of the last chosen expert ties with it: exactly zero, whatever the turning back rounds
+    gap_TE = (needed_TE - logits_TE).scatter(1, last_T1, 0.0)
+    return Gaps(gap_TE, last_T1.squeeze(1))
 
 
 def gather_gaps(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from moe_ext.batch import IGNORED_LABEL, TEXT, Batch
+from moe_ext.batch import IGNORED_LABEL, Batch
 from moe_ext.data.batches import collate
 from moe_ext.data.manifest import Manifest
 from moe_ext.data.samples import (
@@ -78,21 +78,6 @@ def cut(sample: Sample, length: int) -> Sample:
         labels=sample.labels[:length].fill_(IGNORED_LABEL),
         modality_ids=sample.modality_ids[:length],
     )
-
-
-def require_prompt(sample: Sample) -> int:
-    """`prompt_length`, checked: the position that predicts a caption must be one of text.
-
-    Raises:
-        ValueError: an image stands directly before the caption.
-    """
-    length = prompt_length(sample)
-    if int(sample.modality_ids[length - 1]) != TEXT:
-        raise ValueError(
-            "data.prompt is empty, so an image token predicts the caption's first token, and "
-            "candidate captions cannot share the image; set data.prompt to a word at least"
-        )
-    return length
 
 
 def thumbnail(item: Item, side: int = 144) -> str:

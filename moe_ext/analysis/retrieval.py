@@ -1,6 +1,7 @@
 """Retrieval among held-out captions and images, from the matrix of a caption's nats given an image.
 
-Shape letters: I images, C captions (caption c belongs to image c), S positions of a tree.
+Shape letters: I images, C captions (caption c belongs to image c), S positions of a
+tree, Z its edges, U positions with an edge.
 """
 
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ext.analysis.heldout import Item, captioned, require_prompt
+from moe_ext.analysis.heldout import Item, captioned, prompt_length
+from moe_ext.analysis.passes import hidden_states
 from moe_ext.analysis.reduce import Ranks
-from moe_ext.batch import IGNORED_LABEL, Batch
+from moe_ext.batch import IGNORED_LABEL, TEXT, Batch
 from moe_ext.data.samples import SampleBuilder
 from moe_ext.model.multimodal import MultimodalMoE
 
@@ -22,58 +24,53 @@ SCORE = "nats minus the caption's mean over images"
 
 @dataclass
 class Tree:
-    """One image's prompt with many captions as branches that do not see each other.
+    """One image and prompt with many captions as branches, which share what they have in common.
 
-    Every branch starts with its own copy of the prompt's last token, since that position predicts
-    the caption's first token; its positions restart there. So each caption is scored exactly as in
-    a sequence of its own, and the image is computed once.
+    A position sees its ancestors alone and counts its own depth, so each caption is scored exactly
+    as in a sequence of its own, and what captions share is computed once.
     """
 
     input_ids: Tensor
     """(S,)"""
-    labels: Tensor
-    """(S,)"""
     modality_ids: Tensor
     position_ids: Tensor
-    branch: Tensor
-    """(S,) int64: which caption, -1 on what they share."""
+    """(S,) int64: depth."""
     mask: Tensor
     """(S, S) bool: who sees whom."""
+    edges: Tensor
+    """(Z, 3) int64: position, token that shall follow it, caption that says so."""
 
 
 def caption_tree(build: SampleBuilder, captions: list[str]) -> Tree:
-    """The tree of some captions; the image's tokens are placeholders.
-
-    Raises:
-        ValueError: data.prompt is empty.
-    """
+    """The tree of some captions; the image's tokens are placeholders."""
     blank = [(build.modality_id, torch.empty(0))]
     samples = [captioned(build, caption, blank) for caption in captions]
-    shared = require_prompt(samples[0]) - 1
-    parts = [
-        (
-            samples[0].input_ids[:shared],
-            samples[0].labels[:shared],
-            samples[0].modality_ids[:shared],
-        )
-    ]
-    position, branch = [torch.arange(shared)], [torch.full((shared,), -1)]
+    shared = prompt_length(samples[0])
+    ids, modality = (
+        samples[0].input_ids[:shared].tolist(),
+        samples[0].modality_ids[:shared].tolist(),
+    )
+    parent, edges = list(range(-1, shared - 1)), []
+    child: dict[tuple[int, int], int] = {}
     for c, sample in enumerate(samples):
-        assert torch.equal(sample.input_ids[:shared], samples[0].input_ids[:shared])
-        end = len(sample) - 1  # the end token is a target, never an input
-        parts.append(
-            (
-                sample.input_ids[shared:end],
-                sample.labels[shared:end],
-                sample.modality_ids[shared:end],
-            )
-        )
-        position.append(torch.arange(shared, end))
-        branch.append(torch.full((end - shared,), c))
-    ids, labels, modality = (torch.cat(column) for column in zip(*parts, strict=True))
-    branch_S = torch.cat(branch)
-    sees = (branch_S.unsqueeze(0) == -1) | (branch_S.unsqueeze(0) == branch_S.unsqueeze(1))
-    return Tree(ids, labels, modality, torch.cat(position), branch_S, sees.tril())
+        assert sample.input_ids[:shared].tolist() == ids[:shared]
+        at = shared - 1
+        tokens = sample.labels[at:-1].tolist()  # the caption and the end token
+        for token in tokens:
+            edges.append((at, token, c))
+            if (at, token) not in child and token != build.eos_id:
+                child[at, token] = len(ids)
+                ids.append(token)
+                modality.append(TEXT)
+                parent.append(at)
+            at = child.get((at, token), -1)
+    mask = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+    for position, above in enumerate(parent):
+        if above >= 0:
+            mask[position] = mask[above]
+        mask[position, position] = True
+    depth = mask.sum(1) - 1
+    return Tree(torch.tensor(ids), torch.tensor(modality), depth, mask, torch.tensor(edges))
 
 
 def tree_batch(tree: Tree, modality: int, media: list[Tensor]) -> tuple[Batch, Tensor]:
@@ -85,7 +82,7 @@ def tree_batch(tree: Tree, modality: int, media: list[Tensor]) -> tuple[Batch, T
 
     batch = Batch(
         input_ids=rows(tree.input_ids),
-        labels=rows(tree.labels),
+        labels=torch.full((num, len(tree.input_ids)), IGNORED_LABEL),
         modality_ids=rows(tree.modality_ids),
         segment_ids=torch.ones(num, len(tree.input_ids), dtype=torch.int64),
         position_ids=rows(tree.position_ids),
@@ -101,7 +98,7 @@ def nll_matrix(
     items: list[Item],
     *,
     ranks: Ranks | None = None,
-    images_per_pass: int = 4,
+    images_per_pass: int = 2,
     captions_per_tree: int = 60,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -111,10 +108,8 @@ def nll_matrix(
     """
     ranks, device = ranks or Ranks(), next(model.parameters()).device
     captions = [item.caption for item in items]
-    trees = [
-        (first, caption_tree(build, captions[first : first + captions_per_tree]))
-        for first in range(0, len(captions), captions_per_tree)
-    ]
+    starts = range(0, len(captions), captions_per_tree)
+    trees = [(s, caption_tree(build, captions[s : s + captions_per_tree])) for s in starts]
     nll_IC = torch.zeros(len(items), len(captions), dtype=torch.float64)
     was_training = model.training
     model.eval()
@@ -123,17 +118,21 @@ def nll_matrix(
         media = [build.image(items[row].raw) for row in rows]
         for first, tree in trees:
             batch, mask = tree_batch(tree, build.modality_id, media)
-            output = model(batch.to(device), mask.to(device))
-            target_Z = output.target_Z.cpu()
-            image_Z = target_Z // len(tree.branch)
-            caption_Z = first + tree.branch[target_Z % len(tree.branch)]
-            kept_Z = image_Z < own
-            at_Z = torch.tensor(rows)[image_Z[kept_Z]], caption_Z[kept_Z]
-            nll_IC.index_put_(at_Z, output.nll_Z.double().cpu()[kept_Z], accumulate=True)
+            hidden_BSD = hidden_states(model, batch.to(device), mask.to(device))
+            for hidden_SD, row in list(zip(hidden_BSD, rows, strict=True))[:own]:
+                nll_Z = _edge_nll(model, hidden_SD, tree.edges.to(device)).double().cpu()
+                nll_IC[row].index_add_(0, first + tree.edges[:, 2], nll_Z)
         if progress:
             progress(done + 1, len(groups))
     model.train(was_training)
     return ranks.add(nll_IC)
+
+
+def _edge_nll(model: MultimodalMoE, hidden_SD: Tensor, edges: Tensor) -> Tensor:
+    """(Z,) fp32 nats of every edge; a position's distribution is computed once."""
+    position_U, place_Z = edges[:, 0].unique(return_inverse=True)
+    logits_UV = model.logits(hidden_SD[position_U]).float()
+    return logits_UV.logsumexp(1)[place_Z] - logits_UV[place_Z, edges[:, 1]]
 
 
 def target_counts(build: SampleBuilder, items: list[Item]) -> Tensor:

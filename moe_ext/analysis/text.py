@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ext.analysis.passes import hidden_states
 from moe_ext.analysis.reduce import Ranks
 from moe_ext.batch import IGNORED_LABEL, TEXT, Batch
 from moe_ext.config import Scope
@@ -117,11 +118,7 @@ def open_to_text(model: MultimodalMoE) -> Iterator[None]:
 
 def _logits(model: MultimodalMoE, batch: Batch) -> Tensor:
     """(R, S, V) in the model's dtype."""
-    holder = cast(ContextHolder, model.lm.context_holder)
-    holder.context = RoutingContext(batch.modality_ids, batch.segment_ids)
-    hidden = model.lm.model(
-        inputs_embeds=model.embed(batch), position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state
+    hidden = hidden_states(model, batch)
     return model.logits(hidden.reshape(-1, hidden.shape[-1])).view(*batch.input_ids.shape, -1)
 
 

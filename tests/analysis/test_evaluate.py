@@ -78,11 +78,17 @@ def test_tree_scores_captions_as_sequences_of_their_own(base, items, scope, capt
     assert torch.equal(retrieval.target_counts(build, items), torch.stack(counted))
 
 
-def test_a_prompt_is_needed(items):
+def test_tree_shares_prefixes(items):
     build = make_build()
-    build.prompt = ""
-    with pytest.raises(ValueError, match=r"data.prompt"):
-        retrieval.caption_tree(build, ["a", "b"])
+    tree = retrieval.caption_tree(build, ["ab", "abc", "x"])
+    shared = 4 + len("A picture of")
+    letters = build.tokenizer.decode(tree.input_ids[shared:])
+    assert letters == " abcx"  # one token a letter: " ab", "c" behind it, "x" behind the space
+    assert tree.position_ids[shared:].tolist() == [shared + d for d in (0, 1, 2, 3, 1)]
+    assert len(tree.edges) == 3 + 1 + 4 + 1 + 2 + 1 - 0
+    x, c = len(letters) - 1 + shared, len(letters) - 2 + shared
+    assert tree.mask[x].nonzero().squeeze(1).tolist() == [*range(shared + 1), x]
+    assert tree.mask[c].nonzero().squeeze(1).tolist() == list(range(c + 1))
 
 
 def test_recall_of_known_matrices():

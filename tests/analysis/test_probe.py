@@ -135,6 +135,8 @@ def test_a_clone_is_chosen_where_its_bias_exceeds_the_gap(name, bias):
         other.router.frozen_weight.copy_(weights.rows[:6])
         if name == "corrected":
             other.router.correction_bias = torch.linspace(-0.2, 0.3, 6)
+            for rows in other.router.rows.values():
+                rows.correction = other.router.correction_bias[[source]]
     x = torch.randn(400, DIM, generator=torch.Generator().manual_seed(1))
     context = text_context(1, 400, x.device)
     base_TK = alone.router(x, text_context(1, 400, x.device), 0).expert_TS
