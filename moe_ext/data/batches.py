@@ -6,6 +6,7 @@ run continues with any other number of ranks and workers.
 """
 
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -174,6 +175,16 @@ class BatchStream(IterableDataset):
             return self.build.blank(error.key)
 
 
+def leave_signals_to_the_rank(worker: int) -> None:
+    """In a worker: ignore requests to stop.
+
+    Launchers and Slurm signal a rank's whole process tree; a worker that died of it would break the
+    step that the rank wants to end in order. Workers end when their rank asks them to or is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Loader:
     """Endless Batches of one rank, with workers ahead of it and a state that fits any topology.
 
@@ -228,6 +239,7 @@ class Loader:
             options = {
                 "prefetch_factor": self.prefetch,
                 "multiprocessing_context": self.start_method,
+                "worker_init_fn": leave_signals_to_the_rank,
             }
         loads = iter(
             DataLoader(
