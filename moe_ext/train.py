@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.show:
         print(to_yaml(config), end="")
         return 0
-    return run(config, ranks)
+    code = run(config, ranks)
+    if code in (0, STOPPED_EXIT_CODE):
+        from moe_ext.training.topology import stop
+
+        stop()
+    return code
 
 
 def run(config: TrainConfig, ranks: Ranks) -> int:
@@ -117,29 +122,30 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
         measure_text_before(context)
         if not run_chain(context, at_step0=measure_step0):
             tracker.close()
-            topologies.stop()
             return STOPPED_EXIT_CODE
         conclude(context)
         if ranks.rank == 0:
             claims[0].write_status("finished")
     tracker.close()
-    topologies.stop()
     return 0
 
 
 def base_folder(config: TrainConfig, tracker: Any) -> Path:
     """The base's folder; upcycled now, with a bar, when it is not in the cache."""
-    from moe_ext.upcycle import prepare_base
+    from moe_ext.model.upcycle import sparse_layers
+    from moe_ext.upcycle import dense_folder, prepare_base
 
-    every = config.base.sparse_every
-    with tracker.progress("base", 0) as show:
-        done = [0]
-
-        def progress(report: Any) -> None:
-            done[0] += 1
-            show(done[0], f"experts of layer {report.layer} (one layer in {every})")
-
-        return prepare_base(config.base, Path(config.cache_dir), progress)
+    base, cache = config.base, Path(config.cache_dir)
+    if base.path:
+        return Path(base.path)
+    dense = json.loads((dense_folder(base.dense, cache) / "config.json").read_text())
+    layers = sparse_layers(dense["num_hidden_layers"], base.sparse_every, base.sparse_offset)
+    with tracker.progress("base", len(layers)) as show:
+        return prepare_base(
+            base,
+            cache,
+            lambda report: show(layers.index(report.layer) + 1, f"experts of layer {report.layer}"),
+        )
 
 
 def conclude(run: Any) -> None:

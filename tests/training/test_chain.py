@@ -1,0 +1,191 @@
+"""The whole chain on a tiny model, two ranks: killed and resumed bit by bit, EP, placements, stops."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_ext.compose import CONF_DIR, load
+from moe_ext.train import run
+from moe_ext.training.checkpoint import Published
+from moe_ext.training.engine import Engine
+from moe_ext.training.signals import STOPPED_EXIT_CODE
+from moe_ext.training.topology import Ranks
+from tests.ranks import RankError, run_ranks
+from tests.training.tiny import make_inputs, overrides
+
+TUNE_STEPS = 6
+
+
+def _run(folder, name, *more):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    config = load(CONF_DIR, overrides(folder, name, *more))
+    return run(config, Ranks(rank, world, rank, world))
+
+
+def _at_step(number, act):
+    """Call `act` before the engine's `number`-th step in a stage of TUNE_STEPS steps."""
+    step = Engine.step
+
+    def counted(self, learning_rate):
+        self.steps_seen = getattr(self, "steps_seen", 0) + 1
+        if self.settings.accumulation == 2 and self.steps_seen == number:
+            act()
+        return step(self, learning_rate)
+
+    Engine.step = counted
+    return lambda: setattr(Engine, "step", step)
+
+
+def _killed(folder):
+    def die():
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    _at_step(5, die)
+    _run(folder, "killed", "parallel.ep_size=2")
+
+
+def _runs(folder):
+    codes = {}
+    codes["killed"] = _run(folder, "killed", "parallel.ep_size=2")
+    codes["straight"] = _run(folder, "straight", "parallel.ep_size=2")
+    codes["again"] = _run(folder, "straight", "parallel.ep_size=2")
+    codes["dp"] = _run(folder, "dp", "parallel.zero_stage=2")
+    three = ["extension.num_new_experts=3", "parallel.ep_size=2"]
+    codes["replicated"] = _run(folder, "replicated", *three)
+    codes["sharded"] = _run(folder, "sharded", *three, "extension.placement=shard")
+
+    def ask():
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    undo = _at_step(3, ask)
+    codes["asked"] = _run(folder, "stopped", "parallel.ep_size=2")
+    undo()
+    codes["went on"] = _run(folder, "stopped", "parallel.ep_size=2")
+    return codes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    make_inputs(folder)
+    with pytest.raises(RankError):
+        run_ranks(_killed, 2, folder)
+    assert _steps(folder, "killed", "tune")[-1]["step"] == 4
+    codes = run_ranks(_runs, 2, folder, timeout_s=500)[0]
+    return folder, codes
+
+
+def _steps(folder, name, stage):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["event"] == "step" and r["stage"] == stage]
+
+
+def _losses(folder, name, stage="tune"):
+    by_step = {r["step"]: (r["loss"], r["grad_norm"]) for r in _steps(folder, name, stage)}
+    return [by_step[s] for s in sorted(by_step)]
+
+
+def _weights(folder, name, stage="tune"):
+    source = Published(folder / name / "stages" / stage / "result")
+    return {n: source.tensor(n) for n in source.tensors}
+
+
+def _nll(folder, name):
+    return [loss["nll"] for loss, _ in _losses(folder, name)]
+
+
+def test_all_runs_end_as_they_should(runs):
+    _, codes = runs
+    assert codes.pop("asked") == STOPPED_EXIT_CODE
+    assert set(codes.values()) == {0}
+
+
+def test_killed_in_mid_stage_it_resumes_to_the_same_bits(runs):
+    folder, _ = runs
+    events = [json.loads(x) for x in (folder / "killed" / "metrics.jsonl").read_text().splitlines()]
+    resumed = [e for e in events if e["event"] == "resume"]
+    assert [(e["stage"], e["step"]) for e in resumed] == [("tune", 4)]
+    assert len(_losses(folder, "straight")) == TUNE_STEPS
+    for stage in ("align", "probe", "tune"):
+        assert _losses(folder, "killed", stage) == _losses(folder, "straight", stage)
+    killed, straight = _weights(folder, "killed"), _weights(folder, "straight")
+    assert killed.keys() == straight.keys()
+    assert all(torch.equal(killed[n], straight[n]) for n in straight)
+
+
+def test_a_finished_run_is_not_done_again(runs):
+    folder, _ = runs
+    for stage, steps in (("align", 4), ("probe", 3), ("tune", TUNE_STEPS)):
+        assert [r["step"] for r in _steps(folder, "straight", stage)] == [*range(1, steps + 1)]
+    kinds = [
+        json.loads(x).get("kind")
+        for x in (folder / "straight" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert kinds.count("evaluate") == 2  # text before, and the end: both once
+
+
+def test_stopped_on_request_it_publishes_and_goes_on(runs):
+    folder, _ = runs
+    assert [r["step"] for r in _steps(folder, "stopped", "tune")] == [*range(1, TUNE_STEPS + 1)]
+    assert _losses(folder, "stopped") == _losses(folder, "straight")
+
+
+def test_expert_parallel_equals_data_parallel(runs):
+    folder, _ = runs
+    torch.testing.assert_close(_nll(folder, "dp"), _nll(folder, "straight"), rtol=1e-5, atol=0)
+    norms = [[n for _, n in _losses(folder, name)] for name in ("dp", "straight")]
+    torch.testing.assert_close(*norms, rtol=1e-4, atol=0)
+
+
+def test_sharded_new_experts_equal_replicated_ones(runs):
+    folder, _ = runs
+    torch.testing.assert_close(
+        _nll(folder, "sharded"), _nll(folder, "replicated"), rtol=1e-5, atol=0
+    )
+    sharded, replicated = _weights(folder, "sharded"), _weights(folder, "replicated")
+    assert sharded.keys() == replicated.keys()
+    for name, value in replicated.items():
+        torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=2e-5)
+
+
+def test_training_did_something(runs):
+    folder, _ = runs
+    before, after = _weights(folder, "straight", "extend"), _weights(folder, "straight")
+    experts = [n for n in after if ".experts." in n]
+    assert experts
+    assert all((after[n] - before[n]).abs().max() > 1e-4 for n in experts)
+    probe = json.loads((folder / "straight" / "probe.json").read_text())
+    assert {int(n.split(".")[1]) for n in experts} == {p["layer"] for p in probe["plans"]}
+
+
+def test_text_keeps_its_bits(runs):
+    folder, _ = runs
+    for name in ("straight", "dp"):
+        text = json.loads((folder / name / "summary.json").read_text())["text"]
+        assert text["unchanged"]
+        assert text["logits_sha256_joint"] != text["logits_sha256_after"]
+
+
+def test_what_a_run_leaves(runs):
+    folder, _ = runs
+    left = {p.name for p in (folder / "straight").iterdir()}
+    assert {"report.html", "summary.json", "probe.json", "evaluation.json", "extension"} <= left
+    status = json.loads((folder / "straight" / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert not list(Path(folder / "straight" / "stages").rglob("*.partial"))
+    record = _steps(folder, "straight", "tune")[-1]
+    assert set(record["loss"]) == {"nll", "balance", "z"}
+    assert set(record["grad_norm_by_part"]) == {
+        "connector",
+        "new_experts",
+        "new_rows",
+        "calibration",
+    }
+    assert {"text", "image"} == set(record["new_share"])
