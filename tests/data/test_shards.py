@@ -151,3 +151,27 @@ def test_a_stream_reads_any_position_and_never_ends(pairs):
 def test_parse_sample_tells_members_apart():
     with pytest.raises(BadSample, match="no named member|damaged"):
         parse_sample(b"", "u")
+
+
+def test_an_empty_shard_holds_no_position(pairs, tmp_path):
+    for tar in pairs.parent.glob("*.tar"):
+        shutil.copy(tar, tmp_path)
+    tarfile.open(tmp_path / "shard-000000b.tar", "w").close()
+    tars = [str(p) for p in sorted(tmp_path.glob("*.tar"))]
+    manifest = Manifest.load(index_shards(tars, tmp_path / "all.json"))
+    assert [s.num_samples for s in manifest.shards][:3] == [7, 0, 7]
+    keys = [raw["__key__"] for raw in ShardStream(manifest, seed=1, window=9).epoch()]
+    assert sorted(keys) == [f"s{i:05d}" for i in range(60)]
+
+
+def test_a_path_that_leads_out_is_only_a_name(tmp_path):
+    path = tmp_path / "evil.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("../../outside.txt", "/etc/outside.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"evil"))
+    before = sorted(p.name for p in tmp_path.parent.iterdir())
+    stream = ShardStream(index_shards([str(path)], tmp_path / "evil.json"), shuffle=False)
+    assert [raw["txt"] for raw in stream.epoch()] == [b"evil"] * 2
+    assert sorted(p.name for p in tmp_path.parent.iterdir()) == before
