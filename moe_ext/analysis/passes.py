@@ -5,8 +5,8 @@ from typing import cast
 from torch import Tensor
 
 from moe_ext.batch import Batch
-from moe_ext.model.multimodal import MultimodalMoE, attention_mask
 from moe_ext.model.context import ContextHolder, RoutingContext
+from moe_ext.model.multimodal import MultimodalMoE, attention_mask
 
 
 def hidden_states(model: MultimodalMoE, batch: Batch, mask: Tensor | None = None) -> Tensor:

@@ -16,7 +16,6 @@ from moe_ext.analysis.passes import hidden_states
 from moe_ext.analysis.reduce import Ranks
 from moe_ext.batch import IGNORED_LABEL, TEXT, Batch
 from moe_ext.config import Scope
-from moe_ext.model.context import ContextHolder, RoutingContext
 from moe_ext.model.moe import extended_layers
 from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.model.rows import NewRows

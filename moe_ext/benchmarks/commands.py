@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 BENCHMARKS = {
     "layer": ("moe_ext.benchmarks.layer", "one extended layer beside its peers"),
-    "stream": ("moe_ext.benchmarks.stream", "reading samples, beside raw tar reading and its peers"),
+    "stream": (
+        "moe_ext.benchmarks.stream",
+        "reading samples, beside raw tar reading and its peers",
+    ),
     "step": ("moe_ext.benchmarks.step", "a whole training step on two ranks beside its peers"),
 }
 """Benchmark -> (module with `main`, one line of help)."""
