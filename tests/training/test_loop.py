@@ -1,0 +1,170 @@
+"""The loop's own arithmetic: schedule, router losses, expert metrics, the rule for bad steps."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_ext.batch import IGNORED_LABEL, Batch
+from moe_ext.config import StageConfig
+from moe_ext.model.multimodal import Output
+from moe_ext.model.routing import LayerRecord, RoutingContext
+from moe_ext.training import loop
+from moe_ext.training.signals import StopFlag
+from moe_ext.training.topology import Ranks, Topology
+from moe_ext.training.tracking import Tracker
+from tests.ranks import run_ranks
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine():
+    stage = StageConfig(
+        steps=100, learning_rate=2.0, warmup_share=0.1, final_learning_rate_share=0.1
+    )
+    rates = [loop.learning_rate_at(step, stage) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[9] == max(rates)
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    assert rates[-1] == pytest.approx(0.2, abs=0.01)
+    middle = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 46 / 91))
+    assert rates[55] == pytest.approx(2.0 * middle)
+
+
+def test_one_step_has_a_rate():
+    assert loop.learning_rate_at(0, StageConfig(steps=1, learning_rate=0.5)) == 0.5
+
+
+class _Loader:
+    wait_s = 0.0
+
+    def __iter__(self):
+        ids = torch.zeros(2, 3, dtype=torch.int64)
+        labels = ids.clone()
+        labels[0, 0] = IGNORED_LABEL
+        while True:
+            yield Batch(ids, labels, ids, ids + 1, ids)
+
+
+class _Engine:
+    """An engine whose steps at the numbers in `bad` are skipped."""
+
+    def __init__(self, bad=()):
+        self.topology = Topology(Ranks(0, 1, 0, 1), torch.device("cpu"), 1, 0, None, 5.0)
+        self.bad, self.losses, self.steps = bad, [], 0
+
+    def __call__(self, batch, mask, with_losses):
+        context = RoutingContext(batch.modality_ids, batch.segment_ids)
+        context.records[1] = LayerRecord(torch.tensor([[0, 1]] * 6), 2)
+        nll_Z = torch.full((batch.num_targets,), 3.0, requires_grad=True)
+        return Output(nll_Z, torch.arange(batch.num_targets), context)
+
+    def backward(self, loss):
+        self.losses.append(loss.item())
+
+    def part_norms(self):
+        return {}
+
+    def step(self, learning_rate):
+        self.steps += 1
+        return self.steps not in self.bad, 1.0
+
+
+def _train(engine, tmp_path, **settings):
+    stage = StageConfig(learning_rate=1.0, sequences_per_rank=2, **settings)
+    saved, position = [], loop.Position()
+    tracker = Tracker(tmp_path, {}, bars=False)
+    finished = loop.train(
+        "tune",
+        stage,
+        engine,
+        _Loader(),
+        tracker,
+        position,
+        lambda at: saved.append(at.step),
+        StopFlag(),
+        num_frozen={1: 2},
+    )
+    tracker.close()
+    return finished, position, saved
+
+
+@pytest.fixture
+def one_rank():
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_loss_is_a_mean_over_the_steps_targets(one_rank, tmp_path):
+    engine = _Engine()
+    finished, position, saved = _train(
+        engine, tmp_path, steps=3, accumulation=2, checkpoint_every=2
+    )
+    assert finished
+    assert engine.losses == pytest.approx([1.5] * 6)  # two micro-batches of half the targets
+    assert saved == [2]
+    assert (position.step, position.tokens) == (3, 3 * 2 * 6)
+
+
+def test_bad_steps_are_counted(one_rank, tmp_path):
+    finished, position, _ = _train(_Engine(bad=(2, 3, 5)), tmp_path, steps=6, max_bad_steps=2)
+    assert finished
+    assert position.bad_steps == 3
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(one_rank, tmp_path):
+    with pytest.raises(loop.TooManyBadSteps, match="stages.tune.max_bad_steps=2"):
+        _train(_Engine(bad=(2, 3, 4)), tmp_path, steps=6, max_bad_steps=2)
+
+
+def _tokens(rank):
+    g = torch.Generator().manual_seed(rank)
+    logits = torch.randn(7 + rank, 4, generator=g)
+    counted = torch.rand(7 + rank, generator=g) > 0.3
+    modality = (torch.rand(7 + rank, generator=g) > 0.5).long()
+    return logits, counted, modality
+
+
+def _output(rank):
+    logits, counted, modality = _tokens(rank)
+    record = LayerRecord(logits.topk(2, dim=-1).indices, 4)
+    record.counted_T = counted
+    record.prob_sum_X = logits.softmax(-1)[counted].sum(0)
+    record.z_sum = logits[counted].logsumexp(-1).square().sum()
+    context = RoutingContext(modality.unsqueeze(0), torch.ones_like(modality).unsqueeze(0))
+    context.records = {3: record, 5: record}
+    return Output(torch.zeros(1, requires_grad=True), torch.zeros(1, dtype=torch.int64), context)
+
+
+def _shares():
+    output = _output(dist.get_rank())
+    balance, z = loop._router_losses(output, True, 2)
+    selections = {}
+    loop._add_selections(selections, output)
+    metrics = loop._expert_metrics(selections, {3: 3, 5: 4})
+    return balance.item(), z.item(), metrics
+
+
+def test_router_losses_of_two_ranks_add_up_to_the_whole():
+    shares = run_ranks(_shares, 2)
+    logits, counted, modality = (torch.cat(t) for t in zip(_tokens(0), _tokens(1), strict=True))
+    prob = logits.softmax(-1)[counted]
+    chosen = logits.topk(2, dim=-1).indices
+    share = torch.bincount(chosen[counted].flatten(), minlength=4) / (2 * counted.sum())
+    balance = 4 * (share * prob.mean(0)).sum()
+    z = logits[counted].logsumexp(-1).square().mean()
+    # two layers with the same record and one of two micro-batches: half of each
+    assert sum(s[0] for s in shares) == pytest.approx(balance.item() / 2, rel=1e-5)
+    assert sum(s[1] for s in shares) == pytest.approx(z.item() / 2, rel=1e-5)
+    metrics = shares[0][2]
+    assert metrics == shares[1][2]
+    load = torch.bincount(chosen.flatten(), minlength=4).double()
+    load = load / load.sum()
+    assert metrics["expert_load"][3] == pytest.approx(float(load.max() * 4))
+    entropy = float(-(load * load.log()).sum() / math.log(4))
+    assert metrics["expert_entropy"][5] == pytest.approx(entropy)
+    new = (chosen == 3).float().mean(1)  # only layer 3 has a new expert, its last
+    assert metrics["new_share"]["image"] == pytest.approx(float(new[modality == 1].mean()))
+    assert metrics["new_share"]["text"] == pytest.approx(float(new[modality == 0].mean()))
