@@ -129,13 +129,8 @@ def _captions(run: Run, summary: dict[str, Any]) -> str:
         count = flat["candidates"]
         rows.append(["&emsp;chance", percent(1 / count), percent(5 / count)])
         tones.append("quiet")
-    bars, nats = _caption_bars(run, summary, splits)
     matrix = run.evaluation[splits[0]].get("score_IC")
-    figures = [
-        page.stack(
-            [page.panel("retrieval@1, image → caption", bars), page.panel("nats a caption", nats)]
-        )
-    ]
+    figures = [page.stack(_caption_figures(run, summary, splits))]
     if matrix:
         note = (
             f'<p class="note">Row: held-out image. Column: caption. Strong: the model finds the caption likely for'
@@ -157,46 +152,58 @@ def _captions(run: Run, summary: dict[str, Any]) -> str:
     )
 
 
-def _caption_bars(run: Run, summary: dict[str, Any], splits: list[str]) -> tuple[str, str]:
-    """Charts of retrieval@1 beside its references, and of nats a caption with right and wrong images."""
-    bars, nats = [], []
-    high = max(summary[split]["nll_wrong"] for split in splits)
+def _caption_figures(run: Run, summary: dict[str, Any], splits: list[str]) -> list[str]:
+    """Panels: retrieval beside its references, and nats a caption with right and wrong images."""
+    panels = []
+    for k in (1, 5):
+        bars = []
+        for split in splits:
+            flat, short = summary[split], SPLITS[split].removeprefix("held-out ")
+            error = flat[f"retrieval_at_{k}_error"]
+            bars.append(charts.Bar(short, flat[f"retrieval_at_{k}"], error, NEW))
+            if f"nearest_neighbour_at_{k}" in flat:
+                bars.append(charts.Bar("look-up", flat[f"nearest_neighbour_at_{k}"], 0, QUIET))
+            bars.append(charts.Bar("chance", k / flat["candidates"], 0, QUIET))
+        panels.append(page.panel(f"retrieval@{k}, image → caption", charts.row_chart(bars)))
+    nats = []
     for split in splits:
         flat, short = summary[split], SPLITS[split].removeprefix("held-out ")
-        bars.append(charts.Bar(short, flat["retrieval_at_1"], flat["retrieval_at_1_error"], NEW))
-        if "nearest_neighbour_at_1" in flat:
-            bars.append(charts.Bar("look-up", flat["nearest_neighbour_at_1"], 0, QUIET))
-        bars.append(charts.Bar("chance", 1 / flat["candidates"], 0, QUIET))
         nats.append(charts.Bar(f"{short}, right image", flat["nll_right"], 0, NEW))
         nats.append(charts.Bar(f"{short}, wrong image", flat["nll_wrong"], 0, QUIET))
-    return charts.row_chart(bars), charts.row_chart(nats, high=high, unit="")
+    high = max(bar.value for bar in nats)
+    return [*panels, page.panel("nats a caption", charts.row_chart(nats, high=high, unit=""))]
 
 
 def _gallery(run: Run) -> str:
     shots = run.evaluation.get("gallery", [])
     if not shots:
         return ""
-    figures = []
-    for shot in shots:
-        marks = page.badge("✓ exact", "good") if shot["exact"] else ""
-        if not shot["exact"] and shot.get("rank"):
-            marks = f'<span class="note">true caption ranked {shot["rank"]}</span>'
-        figures.append(
-            f'<figure class="shot{" exact" if shot["exact"] else ""}">'
-            f'<img alt="{escape(shot["truth"])}" src="data:image/png;base64,{shot["image"]}">'
-            f'<figcaption><div class="written">{escape(shot["written"]) or "(nothing)"}</div>'
-            f'<div class="truth">{escape(shot["truth"])}</div><div class="rank">{marks}</div></figcaption></figure>'
-        )
-    counts = [
-        f"{run.evaluation[s]['exact_captions']} of {run.evaluation[s]['captions_written']} {name} word for word"
-        for s, name in SPLITS.items()
-        if "exact_captions" in run.evaluation.get(s, {})
-    ]
+    parts = []
+    for split in dict.fromkeys(shot.get("split", "") for shot in shots):
+        figures = [_shot(shot) for shot in shots if shot.get("split", "") == split]
+        title = SPLITS.get(split, split)
+        result = run.evaluation.get(split, {})
+        if "exact_captions" in result:
+            title += f": {result['exact_captions']} of {result['captions_written']} word for word"
+        parts.append(f'<h3>{escape(title)}</h3><div class="gallery">{"".join(figures)}</div>')
     lead = (
-        "Held-out images. In bold what the model wrote, greedily; below it the true name."
-        + (f" It named {' and '.join(counts)}." if counts else "")
-    )  # fmt: skip
-    return page.section("What it writes", lead, f'<div class="gallery">{"".join(figures)}</div>')
+        "Held-out images. In bold what the model wrote, greedily; below it the true name, and its rank"
+        " among all candidates where the written one is not it."
+    )
+    return page.section("What it writes", lead, page.stack(parts))
+
+
+def _shot(shot: dict[str, Any]) -> str:
+    marks = page.badge("✓ exact", "good") if shot["exact"] else ""
+    if not shot["exact"] and shot.get("rank"):
+        marks = f'<span class="note">true name ranked {shot["rank"]}</span>'
+    return (
+        f'<figure class="shot{" exact" if shot["exact"] else ""}">'
+        f'<img alt="{escape(shot["truth"])}" src="data:image/png;base64,{shot["image"]}">'
+        f'<figcaption><div class="written">{escape(shot["written"]) or "(nothing)"}</div>'
+        f'<div class="truth">{escape(shot["truth"])}</div><div class="rank">{marks}</div>'
+        "</figcaption></figure>"
+    )
 
 
 def _text(summary: dict[str, Any]) -> str:
@@ -236,8 +243,9 @@ def _text(summary: dict[str, Any]) -> str:
 
 def _footer(run: Run) -> str:
     notes = [
-        "± is the standard error over candidates. Retrieval image → caption is length-fair: a caption’s score is its"
-        " log-likelihood with the image minus its mean over all candidate images.",
+        "± is the standard error over candidates. Image → caption is length-fair: a caption’s score is"
+        " log p(caption | image) − log p(caption), with p(caption) its mean over the candidate images"
+        " (Bayes’ rule). Caption → image compares one caption under all images. Ties count as wrong.",
     ]
     if digest := run.probe.get("base_sha256"):
         notes.append(f"Base <code>{escape(digest[:16])}</code>, seed {run.config.get('seed', 0)}.")

@@ -69,7 +69,7 @@ def probe(run: Run) -> str:
             *(percent(step0[name]) if name in step0 else "" for name in ("affected_share", "evicted_share", "new_share")),
         ])  # fmt: skip
     head = ["chosen layer", "shift", "source expert", "most selected before", "row bias",
-            "tokens affected at step 0", "another expert evicted", "selections by new experts"]  # fmt: skip
+            "tokens affected at step&nbsp;0", "another expert evicted", "selections by new experts"]  # fmt: skip
     lead = (
         f"Only router differences were trained, then discarded. Shift: standard deviation over experts of the change in"
         f" selection share on {run.probe.get('samples', 0):,} held-out samples’ image tokens. The top"
@@ -78,8 +78,21 @@ def probe(run: Run) -> str:
     )
     marks = page.legend([(NEW, "chosen"), (FROZEN, "left as it is")])
     chart = page.panel("", marks, charts.column_chart(bars, "decoder layer"))
-    parts = [chart, page.panel("", page.table(head, rows))] if rows else [chart]
+    parts = [chart, page.panel("", page.table(head, rows), _step0(run))] if rows else [chart]
     return page.section("Which layers the probe chose", lead, page.stack(parts))
+
+
+def _step0(run: Run) -> str:
+    """What the extended model really did before its first step."""
+    measured = run.evaluation.get("experts", {}).get("step0", {})
+    shares = measured.get("affected_share", {}), measured.get("new_share", {})
+    told = [
+        f"{percent(affected)} of {kind} affected, {percent(shares[1][kind])} of their selections new"
+        for kind, affected in shares[0].items()
+    ]
+    if not told:
+        return ""
+    return f'<p class="note">Measured in the extended layers before the first step: {"; ".join(told)}.</p>'
 
 
 def experts(run: Run) -> str:

@@ -4,6 +4,7 @@ Shape letters: I images, C captions (caption c belongs to image c), S positions 
 tree, Z its edges, U positions with an edge.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from moe_ext.batch import IGNORED_LABEL, TEXT, Batch
 from moe_ext.data.samples import SampleBuilder
 from moe_ext.model.multimodal import MultimodalMoE
 
-SCORE = "nats minus the caption's mean over images"
-"""How image -> caption is made fair to captions of different length and frequency."""
+SCORE = "log p(caption | image) - log p(caption), p(caption) averaged over the candidate images"
+"""How image -> caption is made fair to captions of different length and frequency: Bayes' rule."""
 
 
 @dataclass
@@ -162,18 +163,21 @@ def recall(rank_Q: Tensor) -> dict[str, float]:
 
 
 def fair_scores(nll_IC: Tensor) -> Tensor:
-    """(I, C): how much likelier image i makes caption c than the average image does, in nats.
+    """(I, C): log p(c | i) - log p(c), where p(c) is the mean of p(c | i) over the candidate images.
 
-    The caption's own length and frequency cancel: what is left is what the image says about it.
+    Up to a constant the posterior of image i given caption c, each image being equally likely before.
+    A caption's own length and frequency cancel: what is left is what the image says about it.
     """
-    return nll_IC.mean(0, keepdim=True) - nll_IC
+    log_marginal_C = (-nll_IC).logsumexp(0) - math.log(nll_IC.shape[0])
+    return -nll_IC - log_marginal_C
 
 
 def retrieval_result(nll_IC: Tensor, tokens_C: Tensor) -> dict[str, Any]:
     """The result of one split as JSON; `image_to_caption` is the length-fair headline.
 
     `caption_to_image` compares one caption's nats under all images and needs no correction.
-    `per_token` and `raw` are image -> caption by nats a token and by plain nats.
+    Image -> caption by other scores: `centred` (nats minus the caption's mean over images),
+    `per_token` (nats a token) and `raw` (plain nats, which prefer short captions).
     """
     num = nll_IC.shape[0]
     score_IC = fair_scores(nll_IC)
@@ -186,6 +190,7 @@ def retrieval_result(nll_IC: Tensor, tokens_C: Tensor) -> dict[str, Any]:
         "score": SCORE,
         "image_to_caption": recall(ranks_of_right(score_IC)),
         "caption_to_image": recall(ranks_of_right(-nll_IC.t())),
+        "centred": recall(ranks_of_right(nll_IC.mean(0) - nll_IC)),
         "per_token": recall(ranks_of_right(-nll_IC / tokens_C)),
         "raw": recall(ranks_of_right(-nll_IC)),
         "nll_right": float(right_C.mean()),
