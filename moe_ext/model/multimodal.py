@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moe_ext.batch import IGNORED_LABEL, Batch
 from moe_ext.model.context import RoutingContext
 from moe_ext.model.dispatch import Liveness
+from moe_ext.model.masks import decoder_mask
 from moe_ext.model.moe import extended_layers
 
 
@@ -87,11 +88,14 @@ class MultimodalMoE(nn.Module):
         """
         context = RoutingContext(batch.modality_ids, batch.segment_ids, with_losses=with_losses)
         self.holder.context = context
+        embedding_BSD = self.embed(batch)
+        seen = attention_mask(batch) if mask is None else mask
+        taken = decoder_mask(self.lm.config, seen, batch.position_ids, embedding_BSD.dtype)
         # no early stop: recomputation repeats a layer's collectives, all of them on every rank
         with set_checkpoint_early_stop(False):
             hidden_BSD = self.lm.model(
-                inputs_embeds=self.embed(batch),
-                attention_mask=attention_mask(batch) if mask is None else mask,
+                inputs_embeds=embedding_BSD,
+                attention_mask=taken,
                 position_ids=batch.position_ids,
                 use_cache=False,
             ).last_hidden_state
