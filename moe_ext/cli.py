@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "upcycle": ("moe_ext.upcycle", "make a mixture-of-experts base out of a dense model"),
     "launch": ("moe_ext.launch", "start a run or a sweep: this machine, a hostfile, Slurm"),
     "jobs": ("moe_ext.jobs.status", "how runs stand: state, last step, loss, error line"),
+    "evaluate": ("moe_ext.evaluate", "measure a finished run's model again"),
+    "report": ("moe_ext.report", "write a run's page and summary from its folder"),
     "compare": ("moe_ext.jobs.compare", "mean and spread over runs with different seeds"),
     "bench": ("moe_ext.benchmarks.commands", "measure the layer or a step beside its peers"),
 }

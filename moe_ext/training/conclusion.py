@@ -74,9 +74,9 @@ def last_model(run: Run) -> MultimodalMoE:
     return stage_model(run, Published(last))
 
 
-def evaluate_run(run: Run, model: MultimodalMoE) -> None:
-    """Evaluate the chain's last model on held-out data and text."""
-    if "text_after" in agreed_parts(run):
+def evaluate_run(run: Run, model: MultimodalMoE, again: bool = False) -> None:
+    """Evaluate the chain's last model on held-out data and text; once, unless `again`."""
+    if "text_after" in agreed_parts(run) and not again:
         return
     began = time.perf_counter()
     path = heldout_manifest(run.config)
