@@ -40,6 +40,7 @@ HOMES: dict[str, set[str]] = {
         "model/families.py",
         "model/extend.py",  # the type of the language model
         "model/load.py",
+        "model/attention.py",
         "model/upcycle.py",
         "model/gguf.py",
         "model/specialise.py",

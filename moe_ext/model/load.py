@@ -1,6 +1,7 @@
 """Load a pretrained MoE model: every rank reads the tensors it holds, and no others.
 
-The model is built on the meta device, its sparse blocks become `ExtendedMoE`, and only then is memory
+The model is built on the meta device, its sparse blocks become `ExtendedMoE`, and only then is
+memory
 allocated: dense weights as frozen parameters, this rank's experts and the router rows as buffers.
 Tensors are copied out of the memory-mapped files one slice at a time, so that a rank's anonymous
 memory grows by what it holds and nothing else.
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers import initialization as hf_init
 
 from moe_ext.config import Placement
+from moe_ext.model.attention import use_short_attention
 from moe_ext.model.context import ContextHolder
 from moe_ext.model.experts import Bank, FrozenBank
 from moe_ext.model.families import LAYER_PREFIX, Config, Family, family_of
@@ -58,7 +60,8 @@ def _layout_of(checkpoint: Checkpoint, family: Family, layers: list[int]) -> Exp
             return layout
     tried = " nor ".join(repr(prefix + layout.key()) for layout in family.layouts)
     raise ValueError(
-        f"base.path={checkpoint.path} has neither {tried}, so its experts are in a layout that this "
+        f"base.path={checkpoint.path} has neither {tried}, so its experts are in a layout that "
+        "this "
         "architecture's row in moe_ext/model/families.py lacks"
     )
 
@@ -126,9 +129,12 @@ def _build_on_meta(
         # Its auxiliary loss looks for router modules that are no longer there; ours is built by hand.
         config.output_router_logits = False
     with torch.device("meta"), hf_init.meta_device_safe_creation_ops():
-        return AutoModelForCausalLM.from_config(
+        lm = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
+    if attn_implementation is None:
+        use_short_attention(lm.config)
+    return lm
 
 
 def _empty_bank(
@@ -262,6 +268,7 @@ def _rebuild_buffers(lm: PreTrainedModel, device: torch.device) -> None:
         left = [key for key in lost if module.get_buffer(key).isnan().any()]
         if left:
             raise ValueError(
-                f"the buffers {left} of {name or 'the model'} are in no checkpoint and transformers "
+                f"the buffers {left} of {name or 'the model'} are in no checkpoint and "
+                "transformers "
                 "does not say how to compute them; this architecture cannot be loaded"
             )
