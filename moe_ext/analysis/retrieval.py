@@ -16,7 +16,9 @@ from moe_ext.analysis.heldout import Item, captioned, prompt_length
 from moe_ext.analysis.passes import hidden_states
 from moe_ext.analysis.reduce import Ranks
 from moe_ext.batch import IGNORED_LABEL, TEXT, Batch
+from moe_ext.data.batches import collate
 from moe_ext.data.samples import SampleBuilder
+from moe_ext.model.masks import takes_masks
 from moe_ext.model.multimodal import MultimodalMoE
 
 SCORE = "log p(caption | image) - log p(caption), p(caption) averaged over the candidate images"
@@ -100,7 +102,7 @@ def nll_matrix(
     *,
     ranks: Ranks | None = None,
     images_per_pass: int = 2,
-    captions_per_tree: int = 60,
+    captions_per_pass: int = 60,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """(I, C) float64: nats of caption c and its end token, given image i.
@@ -109,24 +111,61 @@ def nll_matrix(
     """
     ranks, device = ranks or Ranks(), next(model.parameters()).device
     captions = [item.caption for item in items]
-    starts = range(0, len(captions), captions_per_tree)
-    trees = [(s, caption_tree(build, captions[s : s + captions_per_tree])) for s in starts]
+    chunks = [
+        (first, captions[first : first + captions_per_pass])
+        for first in range(0, len(captions), captions_per_pass)
+    ]
+    if takes_masks(model.lm.config):
+        trees = {first: caption_tree(build, chunk) for first, chunk in chunks}
+    else:
+        trees = {}  # a recurrent layer would carry one branch's state into the next
     nll_IC = torch.zeros(len(items), len(captions), dtype=torch.float64)
     was_training = model.training
     model.eval()
     groups = ranks.rows(len(items), images_per_pass)
     for done, (rows, own) in enumerate(groups):
         media = [build.image(items[row].raw) for row in rows]
-        for first, tree in trees:
-            batch, mask = tree_batch(tree, build.modality_id, media)
-            hidden_BSD = hidden_states(model, batch.to(device), mask.to(device))
-            for hidden_SD, row in list(zip(hidden_BSD, rows, strict=True))[:own]:
-                nll_Z = _edge_nll(model, hidden_SD, tree.edges.to(device)).double().cpu()
-                nll_IC[row].index_add_(0, first + tree.edges[:, 2], nll_Z)
+        for first, chunk in chunks:
+            if first in trees:
+                nll_BC = _tree_nll(model, trees[first], build.modality_id, media, device)
+            else:
+                nll_BC = torch.stack(
+                    [_plain_nll(model, build, one, chunk, device) for one in media]
+                )
+            nll_IC[rows[:own], first : first + len(chunk)] = nll_BC[:own]
         if progress:
             progress(done + 1, len(groups))
     model.train(was_training)
     return ranks.add(nll_IC)
+
+
+def _tree_nll(
+    model: MultimodalMoE, tree: Tree, modality: int, media: list[Tensor], device: torch.device
+) -> Tensor:
+    """(B, C) float64 of some images and the tree's captions, in one pass."""
+    batch, mask = tree_batch(tree, modality, media)
+    hidden_BSD = hidden_states(model, batch.to(device), mask.to(device))
+    edges = tree.edges.to(device)
+    nll_BC = torch.zeros(len(media), int(tree.edges[:, 2].max()) + 1, dtype=torch.float64)
+    for hidden_SD, nll_C in zip(hidden_BSD, nll_BC, strict=True):
+        nll_C.index_add_(0, tree.edges[:, 2], _edge_nll(model, hidden_SD, edges).double().cpu())
+    return nll_BC
+
+
+def _plain_nll(
+    model: MultimodalMoE,
+    build: SampleBuilder,
+    media: Tensor,
+    captions: list[str],
+    device: torch.device,
+) -> Tensor:
+    """(C,) float64 of one image and some captions, each a sequence of its own, in one pass."""
+    samples = [captioned(build, caption, [(build.modality_id, media)]) for caption in captions]
+    batch = collate([[sample] for sample in samples], pad_id=build.pad_id)
+    output = model(batch.to(device))
+    row_Z = output.target_Z.cpu() // batch.input_ids.shape[1]
+    nll_C = torch.zeros(len(captions), dtype=torch.float64)
+    return nll_C.index_add_(0, row_Z, output.nll_Z.double().cpu())
 
 
 def _edge_nll(model: MultimodalMoE, hidden_SD: Tensor, edges: Tensor) -> Tensor:

@@ -66,16 +66,25 @@ def plain_nll(model, build, items) -> Tensor:
 
 
 @pytest.mark.parametrize("scope", [Scope.preserve, Scope.modality, Scope.joint])
-@pytest.mark.parametrize("captions_per_tree", [60, 4])
-def test_tree_scores_captions_as_sequences_of_their_own(base, items, scope, captions_per_tree):
+@pytest.mark.parametrize("captions_per_pass", [60, 4])
+def test_tree_scores_captions_as_sequences_of_their_own(base, items, scope, captions_per_pass):
     model, build = make_model(base), make_build()
     extend(model, base, scope)
     found = retrieval.nll_matrix(
-        model, build, items, images_per_pass=2, captions_per_tree=captions_per_tree
+        model, build, items, images_per_pass=2, captions_per_pass=captions_per_pass
     )
     torch.testing.assert_close(found, plain_nll(model, build, items), rtol=1e-5, atol=1e-4)
     counted = [(build.build(items[0].raw, i.caption).labels != IGNORED_LABEL).sum() for i in items]
     assert torch.equal(retrieval.target_counts(build, items), torch.stack(counted))
+
+
+def test_a_recurrent_model_scores_plain_sequences(model, items, monkeypatch):
+    build = make_build()
+    tree = retrieval.nll_matrix(model, build, items)
+    monkeypatch.setattr(retrieval, "takes_masks", lambda config: False)
+    monkeypatch.setattr(retrieval, "caption_tree", None)
+    plain = retrieval.nll_matrix(model, build, items, captions_per_pass=4)
+    torch.testing.assert_close(plain, tree, rtol=1e-5, atol=1e-4)
 
 
 def test_tree_shares_prefixes(items):
@@ -166,7 +175,7 @@ def test_hash_is_of_every_logit(base, model):
     ids = text_ids()
     plain = make_model(base)
     before = text.text_loss(plain, ids)
-    plain.lm.context_holder.context = None
+    plain.holder.context = None
     rows = []
     for pair in ids.split(2):  # in the passes' own shapes: another shape rounds otherwise
         hidden = plain.lm.model(input_ids=pair, use_cache=False).last_hidden_state
