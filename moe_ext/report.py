@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_ext.analysis.report import write_report
+from moe_ext.analysis.run_folder import load_run
+from moe_ext.analysis.summary import print_summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("run", type=Path, nargs="+", help="folder of a run, such as runs/demo")
     for folder in options.parse_args(argv).run:
         try:
-            print(write_report(folder))
+            page = write_report(folder)
+            print_summary(load_run(folder))
+            print(page)
         except (ValueError, OSError) as error:
             options.exit(2, f"moe-ext report: {error}\n")
     return 0

@@ -151,6 +151,8 @@ def base_folder(config: TrainConfig, tracker: Any) -> Path:
 def conclude(run: Any) -> None:
     """Evaluate, save the extension's folder and write the report; what is there stays."""
     from moe_ext.analysis.report import write_report
+    from moe_ext.analysis.run_folder import load_run
+    from moe_ext.analysis.summary import print_summary
     from moe_ext.export import save_extension
     from moe_ext.training.conclusion import evaluate_run, gather_extension, last_model
 
@@ -168,7 +170,9 @@ def conclude(run: Any) -> None:
                 notes=notes,
             )
         run.tracker.say(f"extension: {folder}")
-        run.tracker.say(f"report: {write_report(run.folder)}")
+        report = write_report(run.folder)
+        print_summary(load_run(run.folder))
+        run.tracker.say(f"report: {report}")
 
 
 if __name__ == "__main__":

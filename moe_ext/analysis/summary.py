@@ -93,7 +93,11 @@ def write_summary(run: Run) -> Path:
 
 def print_summary(run: Run, console: Console | None = None) -> None:
     """The run's tables in the terminal: held-out captions, text, stages."""
-    (console or Console()).print(Group(*tables(run)))
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=110)  # a log file has no width; the default would break lines
+    console.print(Group(*tables(run)))
 
 
 def tables(run: Run) -> list[Table | Text]:
