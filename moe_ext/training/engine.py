@@ -258,7 +258,12 @@ class Engine:
         """One optimizer step: whether it was taken, and the gradient's norm before clipping.
 
         A gradient with a value that is not finite is dropped, on all ranks alike.
+
+        Raises:
+            RuntimeError: such a gradient under ZeRO-0, which cannot drop it.
         """
+        if self.settings.zero_stage == 0:
+            self._refuse_bad_gradient()
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         skipped = self.deepspeed.skipped_steps
@@ -267,6 +272,18 @@ class Engine:
         return self.deepspeed.skipped_steps == skipped, float("nan") if norm is None else float(
             norm
         )
+
+    def _refuse_bad_gradient(self) -> None:
+        """Without ZeRO, DeepSpeed's fp32 step would write a NaN into weights and moments."""
+        gradients = [p.grad for p in self._all_parameters() if p.grad is not None]
+        bad = torch.zeros(1, device=self.topology.device)
+        bad += float(not all(bool(g.isfinite().all()) for g in gradients))
+        dist.all_reduce(bad)
+        if bad.item():
+            raise RuntimeError(
+                "a gradient is not finite, and parallel.zero_stage=0 cannot skip a step; use "
+                "parallel.zero_stage=1"
+            )
 
     def destroy(self) -> None:
         """Let go of the engine's memory; the parameters stay with the model."""

@@ -18,7 +18,8 @@ from moe_ext.training.topology import Ranks
 from tests.ranks import RankError, run_ranks
 from tests.training.tiny import make_inputs, overrides
 
-TUNE_STEPS = 6
+TUNE_STEPS = 13
+GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 
 def _run(folder, name, *more):
@@ -64,9 +65,14 @@ def _runs(folder):
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    codes["recompute"] = _run(
+        folder, "recompute", "parallel.ep_size=2", "parallel.activation_checkpointing=true"
+    )
     undo = _at_step(3, ask)
     codes["asked"] = _run(folder, "stopped", "parallel.ep_size=2")
+    codes["asked elsewhere"] = _run(folder, "moved", "parallel.ep_size=2")
     undo()
+    codes["moved"] = _run(folder, "moved", "parallel.ep_size=1", "parallel.zero_stage=2")
     codes["went on"] = _run(folder, "stopped", "parallel.ep_size=2")
     return codes
 
@@ -104,6 +110,7 @@ def _nll(folder, name):
 def test_all_runs_end_as_they_should(runs):
     _, codes = runs
     assert codes.pop("asked") == STOPPED_EXIT_CODE
+    assert codes.pop("asked elsewhere") == STOPPED_EXIT_CODE
     assert set(codes.values()) == {0}
 
 
@@ -135,6 +142,34 @@ def test_stopped_on_request_it_publishes_and_goes_on(runs):
     folder, _ = runs
     assert [r["step"] for r in _steps(folder, "stopped", "tune")] == [*range(1, TUNE_STEPS + 1)]
     assert _losses(folder, "stopped") == _losses(folder, "straight")
+
+
+def test_a_run_goes_on_with_another_ep_size_and_zero_stage(runs):
+    folder, _ = runs
+    assert [r["step"] for r in _steps(folder, "moved", "tune")] == [*range(1, TUNE_STEPS + 1)]
+    torch.testing.assert_close(_nll(folder, "moved"), _nll(folder, "straight"), rtol=1e-5, atol=0)
+
+
+def test_recomputed_activations_change_nothing(runs):
+    folder, _ = runs
+    torch.testing.assert_close(
+        _nll(folder, "recompute"), _nll(folder, "straight"), rtol=1e-6, atol=0
+    )
+
+
+def test_losses_are_the_golden_ones(runs):
+    """Twenty losses of a small run. UPDATE_GOLDEN=1 writes them anew; say in the commit why they changed."""
+    folder, _ = runs
+    losses = {
+        stage: [loss["nll"] for loss, _ in _losses(folder, "straight", stage)]
+        for stage in ("align", "probe", "tune")
+    }
+    assert sum(map(len, losses.values())) == 20
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(losses, indent=1) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    for stage, expected in golden.items():
+        torch.testing.assert_close(losses[stage], expected, rtol=1e-5, atol=0)
 
 
 def test_expert_parallel_equals_data_parallel(runs):

@@ -168,6 +168,22 @@ def _nan_is_skipped(topology, settings):
     engine.destroy()
 
 
+def canary(topology):
+    """The private surface of the pinned DeepSpeed that the engine stands on."""
+    import deepspeed
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils import groups
+
+    assert deepspeed.__version__.startswith("0.19.8"), "look at engine.py's assumptions again"
+    assert issubclass(AutoEPMoELayer, nn.Module)
+    for name in ("update_lp_params", "_link_all_hp_params", "get_grad_norm_direct"):
+        assert hasattr(DeepSpeedZeroOptimizer, name), name
+    for name in ("_create_expert_and_data_parallel", "_get_expert_parallel_group_dict"):
+        assert hasattr(groups, name), name
+    assert "ep_size_2" in groups._get_expert_parallel_group_dict()
+
+
 def _all_cases(ep_size):
     rank, world = dist.get_rank(), dist.get_world_size()
     topology = start(Ranks(rank, world, rank, world), ep_size=ep_size, timeout_s=60)
@@ -180,6 +196,7 @@ def _all_cases(ep_size):
         results[stage, "skewed"] = _engine_run(topology, settings, [[], [0, 1, 2]])
         _nan_is_skipped(flat, settings)
 
+    canary(topology)
     no_clip = dataclasses.replace(SETTINGS, zero_stage=0, clip_norm=0.0)
     results[0, "replicated"] = _engine_run(flat, no_clip, None)
     return results

@@ -65,7 +65,7 @@ def overrides(folder: Path, run: str, *more: str) -> list[str]:
         "stages.probe.steps=3",
         "stages.probe.sequences_per_rank=2",
         "stages.probe.statistics_samples=16",
-        "stages.tune.steps=6",
+        "stages.tune.steps=13",
         "stages.tune.sequences_per_rank=2",
         "stages.tune.accumulation=2",
         "stages.tune.checkpoint_every=2",
