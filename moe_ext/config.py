@@ -236,6 +236,17 @@ class StreamConfig:
     shuffle: bool = True
 
 
+class Features(Enum):
+    """Where the frozen encoder's features of training images come from."""
+
+    live = "live"
+    """The encoder runs in every step."""
+    cache = "cache"
+    """The encoder runs once on every sample; its features are kept as shards in `cache_dir`, fp32."""
+    cache_fp16 = "cache_fp16"
+    """The same in half the space, rounded to half precision."""
+
+
 @dataclass
 class DataConfig:
     streams: dict[str, StreamConfig] = field(default_factory=dict)
@@ -257,6 +268,7 @@ class DataConfig:
     num_workers: int = 1
     shuffle_window: int = 4096
     """Samples within which the order is shuffled; shards are shuffled as a whole."""
+    features: Features = Features.live
     bad_sample_budget: int = 100
     """Samples that may be skipped, each logged, before the run stops."""
     shard_cache: str = ""

@@ -22,7 +22,7 @@ import webdataset
 from PIL import Image
 
 from moe_ext.data import Manifest, ShardStream, write_shards
-from moe_ext.data.samples import decode_image
+from moe_ext.data.images import decode_image
 
 Reader = Callable[[], Iterator[object]]
 

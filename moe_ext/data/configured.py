@@ -27,26 +27,8 @@ def open_streams(
         ValueError: a name is not among the streams.
         ManifestError: a manifest is missing or damaged.
     """
-    chosen = names.split("+")
-    configs = []
-    for name in chosen:
-        if name in data.streams:
-            configs.append(data.streams[name])
-        elif data.builtin:
-            path = str(builtin_manifest(data, cache_dir))
-            configs.append(StreamConfig(manifest=path, split=name, shuffle=name == "train"))
-        else:
-            raise ValueError(
-                f"stream {name!r} (stages.*.data) is not in data.streams={list(data.streams)}"
-            )
-    fetcher = Fetcher(
-        data.shard_cache or Path(cache_dir) / "shards",
-        limit_bytes=data.shard_cache_bytes,
-        timeout_s=data.fetch_timeout_s,
-        tries=data.fetch_tries,
-        ahead=data.shards_ahead,
-        s3=S3Access.from_environment(os.environ),
-    )
+    configs = stream_configs(data, [names], cache_dir)
+    fetcher = fetcher_of(data, cache_dir)
     streams = [
         ShardStream(
             Manifest.load(config.manifest, fetcher.read),
@@ -57,12 +39,49 @@ def open_streams(
             name=name,
             local=fetcher,
         )
-        for number, (name, config) in enumerate(zip(chosen, configs, strict=True))
+        for number, (name, config) in enumerate(configs.items())
     ]
     if len(streams) == 1:
         return streams[0]
     return MixedStream(
-        streams, [config.weight for config in configs], seed=seed, span=data.homogeneous_span
+        streams,
+        [config.weight for config in configs.values()],
+        seed=seed,
+        span=data.homogeneous_span,
+    )
+
+
+def stream_configs(
+    data: DataConfig, names: list[str], cache_dir: str | Path
+) -> dict[str, StreamConfig]:
+    """Settings of each stream that `names` ("name" or "name+name") mention, in their order.
+
+    Raises:
+        ValueError: a name is not among the streams.
+    """
+    configs: dict[str, StreamConfig] = {}
+    for name in (name for joined in names for name in joined.split("+")):
+        if name in data.streams:
+            configs[name] = data.streams[name]
+        elif data.builtin:
+            path = str(builtin_manifest(data, cache_dir))
+            configs[name] = StreamConfig(manifest=path, split=name, shuffle=name == "train")
+        else:
+            raise ValueError(
+                f"stream {name!r} (stages.*.data) is not in data.streams={list(data.streams)}"
+            )
+    return configs
+
+
+def fetcher_of(data: DataConfig, cache_dir: str | Path) -> Fetcher:
+    """What fetches remote shards, and leaves local ones where they are."""
+    return Fetcher(
+        data.shard_cache or Path(cache_dir) / "shards",
+        limit_bytes=data.shard_cache_bytes,
+        timeout_s=data.fetch_timeout_s,
+        tries=data.fetch_tries,
+        ahead=data.shards_ahead,
+        s3=S3Access.from_environment(os.environ),
     )
 
 

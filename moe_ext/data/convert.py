@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .samples import IMAGE_SUFFIXES
+from .images import IMAGE_SUFFIXES
 from .shards import RawSample
 
 

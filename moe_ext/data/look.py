@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .images import decode_image, image_members
 from .manifest import Manifest, file_sha256
 from .order import permutation
-from .samples import caption_of, decode_image, image_members, read_json
+from .samples import caption_of, read_json
 from .shards import BadSample, Local, RawSample, ShardError, ShardFiles, index_tar, local_path
 
 

@@ -7,9 +7,7 @@ answers and text; never on images, prompts and questions.
 """
 
 import hashlib
-import io
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +18,8 @@ from torch import Tensor
 
 from ..batch import IGNORED_LABEL, TEXT
 from .chat import Piece, render
+from .images import MAX_PIXELS, decode_features, decode_image, image_members
 from .shards import BadSample, RawSample
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-MAX_PIXELS = 64_000_000
-"""A larger image is refused before it is decoded: a small file can unpack to gigabytes."""
 
 
 @dataclass
@@ -108,7 +103,7 @@ class SampleBuilder:
         """
         pieces, images = self.pieces(raw)
         key = str(raw.get("__key__", "?"))
-        media = [(self.modality_id, self._media(image, key)) for image in images]
+        media = [(self.modality_id, self.encoder_input(image, key)) for image in images]
         return self.assemble(pieces, media, key)
 
     def count_tokens(self, raw: RawSample) -> int:
@@ -156,14 +151,14 @@ class SampleBuilder:
         if image is None:
             raise BadSample(key, "has no image to put a caption to")
         return self.assemble(
-            self.captioned(caption), [(self.modality_id, self._media(image, key))], key
+            self.captioned(caption), [(self.modality_id, self.encoder_input(image, key))], key
         )
 
     def image(self, raw: RawSample) -> Tensor:
         """Encoder input of a sample's first image."""
         key = str(raw.get("__key__", "?"))
         for name in image_members(raw):
-            return self._media(raw[name], key)
+            return self.encoder_input(raw[name], key)
         raise BadSample(key, "has no image")
 
     # ---- assembly
@@ -231,7 +226,10 @@ class SampleBuilder:
             answered = answered or piece.target
         yield ids, target, modality, num_media
 
-    def _media(self, data: bytes, key: str) -> Tensor:
+    def encoder_input(self, data: bytes, key: str) -> Tensor:
+        """What the encoder is given for an image's bytes; cached features as they are."""
+        if data[:6] == b"\x93NUMPY":
+            return decode_features(data, key, self.tokens_per_item)
         if self.preprocess is None:
             raise BadSample(key, "holds an image, but the stream has no encoder")
         return self.preprocess(decode_image(data, key, self.max_pixels))
@@ -245,52 +243,6 @@ class SampleBuilder:
             [],
             key,
         )
-
-
-def image_members(raw: RawSample) -> list[str]:
-    """Names of a sample's images: `png`, or `0.png`, `1.png`, ... in numerical order."""
-    names = [n for n in raw if not n.startswith("__") and n.rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
-
-    def number(name: str) -> tuple[int, str]:
-        stem = name.rsplit(".", 1)[0] if "." in name else ""
-        return (int(stem) if stem.isdigit() else -1, name)
-
-    return sorted(names, key=number)
-
-
-def decode_image(data: bytes, key: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """RGB image, transparency laid on white.
-
-    Raises:
-        BadSample: empty, damaged, or of more than `max_pixels` (checked before decoding).
-    """
-    if not data:
-        raise BadSample(key, "image has zero bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data))  # reads the header only
-        if image.width * image.height > max_pixels:
-            raise BadSample(
-                key, f"image of {image.width}x{image.height} is above {max_pixels} pixels"
-            )
-        if image.mode == "RGB":
-            image.load()
-            return image
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        if alpha.getextrema() == (255, 255):
-            return image.convert("RGB")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=alpha)
-        return white
-    except BadSample:
-        raise
-    except Exception as error:  # PIL raises many kinds (OSError, SyntaxError, struct.error, ...)
-        reason = str(error).split(" <")[0]  # no memory addresses: a skip log compares
-        raise BadSample(key, f"image cannot be decoded: {reason}") from None
 
 
 def read_json(raw: RawSample, key: str) -> dict:

@@ -18,9 +18,9 @@ from urllib.request import url2pathname
 import numpy as np
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
-from webdataset.writer import ShardWriter
+from webdataset.writer import ShardWriter, TarWriter
 
-from .manifest import Manifest, Shard, file_sha256
+from .manifest import Manifest, Shard, atomic_file, file_sha256
 
 RawSample = dict[str, Any]
 """Member suffix ("png", "json") -> bytes, plus `__key__` (str) and `__url__` (str)."""
@@ -126,6 +126,15 @@ def write_shards(
     return index_shards(
         written, out_dir / f"{name}.json", split_of=lambda key: splits[key], info=info or {}
     )
+
+
+def write_tar(samples: Iterable[RawSample], path: str | Path) -> Path:
+    """One tar of samples in their order, at `path` whole or not at all; same samples, same bytes."""
+    with atomic_file(path) as f, TarWriter(f, mtime=0, encoder=False, user="", group="") as writer:
+        for sample in samples:
+            writer.write(sample)
+            writer.tarstream.members = []
+    return Path(path)
 
 
 def index_shards(

@@ -113,8 +113,11 @@ class MultimodalMoE(nn.Module):
         return logits if scaling == 1.0 else logits / scaling
 
     def features(self, modality: int, media: Tensor) -> Tensor:
-        """(M, P, F) of the frozen encoder; no rows, no call."""
+        """(M, P, F) of the frozen encoder; no rows, no call. `media` may be such features already."""
         encoder = self.encoders[modality]
+        if media.shape[1:] == (encoder.tokens_per_item, encoder.feature_dim):
+            weight = next(encoder.parameters(), media)
+            return media.to(weight.dtype)  # from the cache (data.features)
         if media.shape[0] == 0:
             return media.new_zeros(0, encoder.tokens_per_item, encoder.feature_dim)
         with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_ext.config import Precision, TrainConfig
+from moe_ext.config import DataConfig, Features, Precision, TrainConfig
 from moe_ext.data import SampleBuilder, prepare_builtin
 from moe_ext.data.configured import builtin_manifest, prepare_lengths
 from moe_ext.data.samples import load_tokenizer
@@ -21,6 +21,7 @@ from moe_ext.model.connectors import Connector
 from moe_ext.model.encoders import build_encoder
 from moe_ext.model.extend import load_base
 from moe_ext.model.multimodal import MultimodalMoE
+from moe_ext.training.feature_cache import with_cached_features
 from moe_ext.training.topology import Topology
 
 _ROUND = itertools.count()
@@ -36,6 +37,8 @@ class Prepared:
     encoders: dict[int, nn.Module]
     """Modality id -> frozen encoder on the device."""
     build: SampleBuilder
+    data: DataConfig
+    """The configuration's, with the manifests of cached features where `data.features` asks for them."""
 
     @property
     def bf16(self) -> bool:
@@ -93,19 +96,22 @@ def prepare(config: TrainConfig, topology: Topology, prepare_base: Callable[[], 
         max_length=config.data.max_length,
         chat_template=config.base.chat_template,
     )
-    if config.data.pack:
-        names = sorted({config.stages[s].data for s in config.chain if config.stages[s].steps})
+    names = sorted({config.stages[s].data for s in config.chain if config.stages[s].steps})
+    data = config.data
+    if data.features is not Features.live:
+        data = with_cached_features(config, names, encoders, build, topology, share_work)
+    if data.pack:
         share_work(
             topology,
             {
                 f"lengths of {stream}": (
                     rank,
-                    partial(prepare_lengths, config.data, stream, build, cache_dir=cache),
+                    partial(prepare_lengths, data, stream, build, cache_dir=cache),
                 )
                 for rank, stream in enumerate(names)
             },
         )
-    return Prepared(Path(path), dtype, encoders, build)
+    return Prepared(Path(path), dtype, encoders, build, data)
 
 
 def build_model(config: TrainConfig, prepared: Prepared, topology: Topology) -> MultimodalMoE:

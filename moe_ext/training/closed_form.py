@@ -38,7 +38,7 @@ def start_connectors(
         return
     first = next(name for name in config.chain if config.stages[name].steps)
     stream = open_streams(
-        config.data, config.stages[first].data, seed=config.seed, cache_dir=config.cache_dir
+        prepared.data, config.stages[first].data, seed=config.seed, cache_dir=config.cache_dir
     )
     for name, modality in model.modality_of.items():
         features, captions = [], []

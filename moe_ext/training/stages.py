@@ -228,7 +228,7 @@ def train_stage(
     """The loop, with what it resumes from and what it publishes. (finished?, where it stands)"""
     config, topology = run.config, run.topology
     loader = open_loader(
-        config.data,
+        run.prepared.data,
         stage.data,
         run.prepared.build,
         sequences_per_rank=stage.sequences_per_rank,
@@ -331,7 +331,7 @@ def probe_batches(run: Run, stream: str, samples: int) -> Iterator[Batch]:
     """This rank's share of the first `samples` samples of a stream, rounded up to whole batches."""
     config, topology, together = run.config, run.topology, 8
     loader = open_loader(
-        config.data,
+        run.prepared.data,
         stream,
         run.prepared.build,
         sequences_per_rank=together,
