@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_ext.config import DataConfig, Features, Precision, TrainConfig
+from moe_ext.config import DataConfig, Features, Precision, StageKind, TrainConfig
 from moe_ext.data import SampleBuilder, prepare_builtin
 from moe_ext.data.configured import builtin_manifest, prepare_lengths
 from moe_ext.data.samples import load_tokenizer
@@ -96,10 +96,12 @@ def prepare(config: TrainConfig, topology: Topology, prepare_base: Callable[[], 
         max_length=config.data.max_length,
         chat_template=config.base.chat_template,
     )
-    names = sorted({config.stages[s].data for s in config.chain if config.stages[s].steps})
+    stages = [config.stages[name] for name in config.chain]
+    names = {stage.data for stage in stages if stage.steps}
+    names |= {stage.statistics_data for stage in stages if stage.kind is StageKind.probe}
     data = config.data
     if data.features is not Features.live:
-        data = with_cached_features(config, names, encoders, build, topology, share_work)
+        data = with_cached_features(config, sorted(names), encoders, build, topology, share_work)
     if data.pack:
         share_work(
             topology,
@@ -108,7 +110,7 @@ def prepare(config: TrainConfig, topology: Topology, prepare_base: Callable[[], 
                     rank,
                     partial(prepare_lengths, data, stream, build, cache_dir=cache),
                 )
-                for rank, stream in enumerate(names)
+                for rank, stream in enumerate(sorted(names))
             },
         )
     return Prepared(Path(path), dtype, encoders, build, data)

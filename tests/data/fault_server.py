@@ -1,7 +1,10 @@
 """A real HTTP server with scripted faults: /FAULT/FILE serves FILE the way FAULT says."""
 
 import contextlib
+import hashlib
+import hmac
 import http.server
+import re
 import socket
 import struct
 import threading
@@ -10,13 +13,37 @@ from collections import Counter
 from pathlib import Path
 
 
+def signed_by(request, secret: str) -> bool:
+    """Whether a request carries a Signature Version 4 that the holder of `secret` made for it."""
+    stated = request.headers.get("Authorization", "")
+    match = re.fullmatch(
+        r"AWS4-HMAC-SHA256 Credential=\w+/(\d{8})/([\w-]+)/s3/aws4_request,"
+        r"SignedHeaders=([\w;-]+),Signature=([0-9a-f]{64})",
+        stated,
+    )
+    if not match:
+        return False
+    day, region, names, signature = match.groups()
+    lines = "".join(f"{name}:{request.headers[name].strip()}\n" for name in names.split(";"))
+    payload = request.headers["x-amz-content-sha256"]
+    canonical = f"GET\n{request.path}\n\n{lines}\n{names}\n{payload}"
+    hashed = hashlib.sha256(canonical.encode()).hexdigest()
+    text = f"AWS4-HMAC-SHA256\n{request.headers['x-amz-date']}\n{day}/{region}/s3/aws4_request\n{hashed}"
+
+    def keyed(key: bytes, message: str) -> bytes:
+        return hmac.digest(key, message.encode(), "sha256")
+
+    key = keyed(keyed(keyed(keyed(b"AWS4" + secret.encode(), day), region), "s3"), "aws4_request")
+    return keyed(key, text).hex() == signature
+
+
 class FaultServer:
     """`with FaultServer(folder) as server: server.url("cut-2", "a.tar")`.
 
     Faults: ok, 503-N and 429-N (the first N requests), 404, 403, cut-N (half the body, N times),
     reset-N (connection reset half-way), stall-N (silent half-way), slow (in small pieces), trickle
     (for ever, a byte at a time), norange-N (cut, and ranges are ignored), short (a file that is
-    really shorter, said honestly), garbage (right size, wrong bytes), auth (S3: signed requests only).
+    really shorter, said honestly), garbage (right size, wrong bytes), auth (S3: only requests signed with the secret "s").
     """
 
     def __init__(self, folder: Path):
@@ -63,7 +90,7 @@ class FaultServer:
         file = self.folder / name
         if fault == "404" or not file.is_file():
             return request.send_error(404)
-        if fault == "auth" and "Signature=" not in request.headers.get("Authorization", ""):
+        if fault == "auth" and not signed_by(request, "s"):
             return request.send_error(403)
         if fault in ("403", "503", "429") and active:
             request.send_response(int(fault))

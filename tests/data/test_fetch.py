@@ -230,5 +230,8 @@ def test_s3_objects(remote, tmp_path):
         assert len(f.read()) == entry.size_bytes
     with pytest.raises(OSError, match="404"):
         fetcher("s3://auth/none.tar", entry)
+    wrong = S3Access(endpoint=server.base, key_id="k", secret="another")
+    with pytest.raises(ShardError, match="403"):
+        Fetcher(tmp_path / "c", s3=wrong)(f"s3://auth/{entry.url}", entry)
     with pytest.raises(ShardError, match="403"):
         Fetcher(tmp_path / "b", s3=S3Access(endpoint=server.base))(f"s3://auth/{entry.url}", entry)

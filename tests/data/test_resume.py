@@ -22,7 +22,7 @@ from moe_ext.data import (
     merge_states,
 )
 from moe_ext.data.rows import Cursor
-from tests.data.inputs import to_pixels
+from tests.data.inputs import make_pairs, to_pixels
 
 WORLDS, WORKERS = (1, 2, 3, 4), (0, 1, 2, 4)
 LEGS = st.lists(
@@ -178,3 +178,32 @@ def test_seek_and_start_up_are_quick(tmp_path):
         place = stream.place(position)
         assert time.perf_counter() - began < 1 and 0 <= place.sample < 1_000_000
     print(f"start-up {start_up:.2f} s")
+
+
+def test_one_bad_shard_of_twenty(tmp_path, tokenizer):
+    """5 % bad shards: an epoch goes through on every topology, and exactly that shard's samples are skipped."""
+    path = make_pairs(tmp_path, 100, samples_per_shard=5)
+    manifest = Manifest.load(path)
+    with open(manifest.url(13), "r+b") as f:
+        f.truncate(manifest.shards[13].size_bytes // 2)
+    build = SampleBuilder(tokenizer, to_pixels, 4, 1, prompt="A", max_length=40)
+    logs = []
+    for world_size, num_workers in ((1, 0), (2, 2)):
+        seen, states = [], []
+        for rank in range(world_size):
+            loader = Loader(
+                ShardStream(path, seed=2, window=16),
+                build,
+                sequences_per_rank=5,
+                rank=rank,
+                world_size=world_size,
+                num_workers=num_workers,
+            )
+            for batch in itertools.islice(loader, 20 // world_size):
+                bad = (batch.labels != -100).sum(1) == 0
+                seen += [k for k, b in zip(batch.sample_keys, bad.tolist(), strict=True) if not b]
+            states.append(loader.state_dict())
+        assert sorted(seen) == [f"s{i:05d}" for i in range(100) if not 65 <= i < 70]
+        logs.append(merge_states(states)["skips"])
+    assert logs[0] == logs[1] and len(logs[0]) == 5
+    assert all("shard-000013.tar" in key for _, key, _ in logs[0])
