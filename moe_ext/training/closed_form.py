@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from moe_ext.batch import IGNORED_LABEL
 from moe_ext.config import TrainConfig
-from moe_ext.data import BadSample
+from moe_ext.data import BadSample, ShardStream
 from moe_ext.data.configured import open_streams
 from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.training.build import Prepared
@@ -40,6 +40,8 @@ def start_connectors(
     stream = open_streams(
         prepared.data, config.stages[first].data, seed=config.seed, cache_dir=config.cache_dir
     )
+    if isinstance(stream, ShardStream):
+        wanted = min(wanted, len(stream))  # an epoch: no sample counts twice
     for name, modality in model.modality_of.items():
         features, captions = [], []
         build, encoder = prepared.build, model.encoders[modality]

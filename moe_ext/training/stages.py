@@ -10,6 +10,7 @@ checkpoint.
     run_dir/probe.json                                 the probe's manifest: where to add what
 """
 
+import gc
 import resource
 import shutil
 import sys
@@ -117,6 +118,7 @@ def run_chain(run: Run, at_step0: Callable[[Run, MultimodalMoE], None] | None = 
             run.tracker.say(f"[{name}] done before, result in {done}")
         elif not run_stage(run, index, name, previous, at_step0):
             return False
+        gc.collect()  # engine and model hold each other: the next stage would double the memory
         previous = name
     return True
 

@@ -266,6 +266,8 @@ def test_ranks_come_from_any_launcher():
     assert ranks_from_environment({}) == Ranks(0, 1, 0, 1)
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert ranks_from_environment(torchrun) == Ranks(3, 4, 1, 2)
+    deepspeed = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    assert ranks_from_environment(deepspeed) == Ranks(3, 4, 1, 2)
     srun = {
         "SLURM_PROCID": "3",
         "SLURM_STEP_NUM_TASKS": "4",
