@@ -5,6 +5,7 @@ Every function raises ValueError with the value, the rule, the remedy and the co
 
 import math
 import re
+from pathlib import Path
 
 from moe_ext.config import (
     EncoderConfig,
@@ -53,6 +54,26 @@ def check_world(config: TrainConfig, world_size: int, local_world_size: int | No
             f"start a multiple of {ep_size} ranks (deepspeed --num_accelerators {ep_size} ...) "
             f"or set parallel.ep_size to one of {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
         )
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Raise ValueError for the first local file or folder of the configuration that is not there."""
+    base = config.base
+    for key, folder in (("base.path", base.path), ("base.dense", base.dense)):
+        named = folder and not folder.startswith("builtin:")
+        if named and not (Path(folder) / "config.json").is_file():
+            raise ValueError(
+                f"{key}={folder} holds no config.json; give the folder of a Hugging Face model"
+            )
+    for name, encoder in config.encoder.items():
+        if encoder.path and not Path(encoder.path).exists():
+            raise ValueError(f"encoder.{name}.path={encoder.path} does not exist")
+    for name, stream in config.data.streams.items():
+        if "://" not in stream.manifest and not Path(stream.manifest).is_file():
+            raise ValueError(
+                f"data.streams.{name}.manifest={stream.manifest} does not exist; "
+                "`moe-ext shards` makes shards and their manifest"
+            )
 
 
 def at_least(key: str, value: float, least: float) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from moe_ext.compose import ConfigError, load, parser
 from moe_ext.config import TrainConfig, to_yaml
-from moe_ext.config_check import check_world
+from moe_ext.config_check import check_paths, check_world
 from moe_ext.training.ownership import Claim, claim, read_status
 from moe_ext.training.signals import STOPPED_EXIT_CODE, StopFlag
 from moe_ext.training.topology import Ranks, ranks_from_environment
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load(options.config_dir, options.overrides, options.config_file)
         if not options.show:
             check_world(config, ranks.world_size, ranks.local_world_size)
+            check_paths(config)
     except (ConfigError, ValueError) as error:
         if ranks.rank == 0:
             print(f"moe-ext train: {error}", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from moe_ext.compose import CONF_DIR, ConfigError, load
 from moe_ext.config import Placement, Scope, Trainable, TrainConfig, from_hydra, to_yaml
-from moe_ext.config_check import check_world
+from moe_ext.config_check import check_paths, check_world
 
 
 def compose(*overrides: str) -> TrainConfig:
@@ -96,6 +96,24 @@ def test_the_number_of_ranks_must_fit():
     check_world(config, world_size=4)
     with pytest.raises(ValueError, match="parallel.ep_size=2 does not divide the 3 rank"):
         check_world(config, world_size=3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("base=folder base.path=/none", "base.path=/none holds no config.json"),
+        ("base=dense_folder base.dense=/none", "base.dense=/none holds no config.json"),
+        ("encoder.image.path=/none", "encoder.image.path=/none does not exist"),
+        ("data=shards data.streams.train.manifest=/none", "data.streams.train.manifest=/none"),
+    ],
+)
+def test_what_is_not_there_is_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check_paths(compose(*overrides.split()))
+
+
+def test_remote_shards_are_not_looked_for_here():
+    check_paths(compose("data=shards", "data.streams.train.manifest=https://host/manifest.json"))
 
 
 def test_a_resolved_file_reads_back_equal(tmp_path):
