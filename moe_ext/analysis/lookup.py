@@ -50,8 +50,12 @@ def load_lookup(path: Path, decode: Callable[[list[int]], str]) -> tuple[Tensor,
     The file holds `features` and `captions`: token ids, filled up with -1.
     """
     tensors = load_file(path)
-    captions = [decode([t for t in row if t >= 0]).strip() for row in tensors["captions"].tolist()]
-    return tensors["features"].float(), captions
+    features, rows = tensors["features"].float(), tensors["captions"].tolist()
+    captions = [decode([token for token in row if token >= 0]).strip() for row in rows]
+    # the start may have read the stream for more than one epoch: each pair counts once
+    pairs = zip(captions, (row.numpy().tobytes() for row in features), strict=True)
+    kept = sorted({pair: i for i, pair in reversed(list(enumerate(pairs)))}.values())
+    return features[kept], [captions[i] for i in kept]
 
 
 def lookup_result(

@@ -113,7 +113,10 @@ def _captions(run: Run, summary: dict[str, Any]) -> str:
             )
             tones.append("strong" if key == "image_to_caption" else "")
         if neighbour := full.get("nearest_neighbour"):
-            name = "&emsp;look-up: caption of the encoder’s nearest training image"
+            name = (
+                f"&emsp;look-up: names of the {neighbour['neighbours']} nearest of"
+                f" {neighbour['train_images']:,} training pictures, by the encoder’s features"
+            )
             rows.append([name, percent(neighbour["at_1"]), percent(neighbour["at_5"])])
             tones.append("quiet")
         if alone := run.evaluation.get(f"{split}_connector_only"):

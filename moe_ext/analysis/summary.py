@@ -181,7 +181,7 @@ def _text_table(text: dict[str, Any]) -> Table:
 def stage_cells(stage: dict[str, Any]) -> list[str]:
     """Name, steps, minutes, tokens/s, memory, trainable parameters of a stage record, as text."""
     trainable, total = stage.get("trainable_parameters"), stage.get("total_parameters")
-    share = f" ({100 * trainable / total:.1f} %)" if trainable and total else ""
+    share = f" ({100 * trainable / total:.2g} %)" if trainable and total else ""
     return [
         stage["stage"],
         str(stage.get("steps") or ""),

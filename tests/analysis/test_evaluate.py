@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -219,6 +220,15 @@ def test_lookup_finds_what_the_neighbour_is_called():
     assert wrong["at_1"] == 0.0
     similarity = lookup.caption_similarity(["red heart"], captions)[0]
     assert similarity.argsort(descending=True)[:2].tolist() == [0, 3]
+
+
+def test_features_of_the_start_are_read_once_a_pair(tmp_path):
+    features = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [5.0, 6.0]])
+    captions = torch.tensor([[7, 8], [9, -1], [7, 8], [7, 8]])
+    save_file({"features": features, "captions": captions}, tmp_path / "features.safetensors")
+    found, names = lookup.load_lookup(tmp_path / "features.safetensors", lambda ids: f" {ids}")
+    assert names == ["[7, 8]", "[9]", "[7, 8]"]
+    assert torch.equal(found, features[[0, 1, 3]])
 
 
 def run_everything(base, folder, rank=0, size=1, **load):

@@ -149,7 +149,7 @@ def test_terminal_table_fits_and_tells(folder, tmp_path):
     text = (tmp_path / "out.txt").read_text(encoding="utf-8")
     for part in (
         "bit for bit the base",
-        "16,161,889 (7.0 %)",
+        "16,161,889 (7 %)",
         "1.7 %",
         "21.90",
         "396",
