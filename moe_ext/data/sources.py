@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,9 +191,12 @@ def _drawn(
     chosen: list[tuple[str, Drawing]], size: int, processes: int
 ) -> Iterator[tuple[str, RawSample]]:
     jobs = [(drawing.path, size) for _, drawing in chosen]
-    # fork: a spawned child would import the program that calls this
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        for (split, drawing), png in zip(chosen, pool.imap(_draw, jobs, chunksize=32), strict=True):
+    # fork: a spawned child would import the program that calls this. An executor and no Pool: a Pool
+    # ends its workers by SIGTERM, which a training process and so its forks take for a request to stop.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, context) as pool:
+        pictures = pool.map(_draw, jobs, chunksize=32)
+        for (split, drawing), png in zip(chosen, pictures, strict=True):
             content = {
                 "id": drawing.code,
                 "caption": drawing.caption,
