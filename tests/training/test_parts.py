@@ -1,0 +1,115 @@
+"""What trains, under which names; frozen tensors are watched; other settings are refused."""
+
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from moe_ext.config import ExtensionConfig, Trainable
+from moe_ext.model.connectors import Connector
+from moe_ext.model.extend import LayerPlan, add_extension, extended_layers, extension_state
+from moe_ext.model.load import load_base
+from moe_ext.model.multimodal import MultimodalMoE
+from moe_ext.training.parts import FrozenWatch, choose, parts_of, statics_of
+from moe_ext.training.stages import check_identity
+from tests.model.tiny import save_tiny
+
+BANKS = ("new_experts", "new_rows", "calibration")
+
+
+@pytest.fixture
+def model(tmp_path):
+    save_tiny(tmp_path, "qwen2_moe")
+    lm = load_base(tmp_path, dtype=torch.float32)
+    plans = [LayerPlan(0, 2, [1, 3], [0.0, 0.0]), LayerPlan(2, 1, [0], [0.0])]
+    add_extension(lm, str(tmp_path), "vision", plans, ExtensionConfig())
+    connectors = nn.ModuleDict({"image": Connector(6, 8, lm.config.hidden_size)})
+    return MultimodalMoE(lm, {1: nn.Linear(3, 6)}, connectors)
+
+
+def test_names_and_values_are_those_of_the_saved_extension(model):
+    state = extension_state(model.lm)
+    found = {}
+    for part in parts_of(model):
+        flat = part.parameter.detach().view(-1)
+        for logical in part.logical():
+            piece = flat[logical.offset : logical.offset + logical.numel]
+            found[logical.name] = piece.view(logical.shape)
+    layers = {name: value for name, value in found.items() if name.startswith("layers.")}
+    assert layers.keys() == state.keys()
+    assert all(torch.equal(layers[name], state[name]) for name in state)
+    connectors = {n.removeprefix("connectors.") for n in found if n.startswith("connectors.")}
+    assert connectors == {name for name, _ in model.connectors.named_parameters()}
+    assert set(statics_of(model)) == {"connectors.image.mean", "connectors.image.scale"}
+
+
+def test_only_what_is_listed_trains(model):
+    chosen = choose(model, [Trainable.new_rows, Trainable.connector])
+    trains = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trains == {id(part.parameter) for part in chosen}
+    assert {part.trainable for part in chosen} == {Trainable.new_rows, Trainable.connector}
+    with pytest.raises(ValueError, match="trains router_delta, but this model has no such"):
+        choose(model, [Trainable.router_delta])
+    for layer in extended_layers(model.lm).values():
+        layer.router.add_delta()
+    assert len(choose(model, [Trainable.router_delta])) == 2
+
+
+@pytest.mark.parametrize("where", ["weight", "expert", "router", "encoder", "embedding"])
+def test_a_frozen_tensor_that_changes_is_named(model, where):
+    chosen = choose(model, [Trainable[name] for name in (*BANKS, "connector")])
+    watch = FrozenWatch(model, chosen)
+    watch.check(1.0)
+    for part in chosen:
+        part.parameter.data.add_(1.0)
+    watch.check(1.0)  # what trains may move
+    block = extended_layers(model.lm)[0]
+    tensor = {
+        "weight": model.lm.model.layers[1].self_attn.o_proj.weight,
+        "expert": block.frozen.down,
+        "router": block.router.frozen_weight,
+        "encoder": model.encoders[1].weight,
+        "embedding": model.lm.get_input_embeddings().weight,
+    }[where]
+    flat = tensor.data.view(-1)
+    flat[7] = torch.nextafter(flat[7], torch.tensor(torch.inf))  # one bit of one element
+    with pytest.raises(RuntimeError, match="changed during training"):
+        watch.check(1.0)
+
+
+def test_the_rolling_sample_comes_round(model):
+    watch = FrozenWatch(model, [])
+    model.lm.model.norm.weight.data[0] += 1
+
+    def nine_checks():
+        for _ in range(9):
+            watch.check(1 / 8)
+
+    with pytest.raises(RuntimeError, match="norm"):
+        nine_checks()
+
+
+def test_a_frozen_gradient_is_noticed(model):
+    watch = FrozenWatch(model, [])
+    weight = model.lm.lm_head.weight
+    weight.grad = torch.zeros_like(weight)
+    with pytest.raises(RuntimeError, match="received a gradient"):
+        watch.check(1.0)
+
+
+def test_a_result_of_other_settings_is_refused(tmp_path):
+    ours = {"stage": {"steps": 5}, "seed": 1, "optim": {"clip_norm": 1.0}}
+    run = types.SimpleNamespace(identity=lambda name: ours, folder=tmp_path)
+
+    def source(theirs):
+        return types.SimpleNamespace(state={"identity": theirs}, folder=tmp_path / "result")
+
+    check_identity(run, "tune", source(dict(ours)))
+    for theirs, key in (
+        ({**ours, "stage": {"steps": 6}}, "stages.tune.steps"),
+        ({**ours, "optim": {"clip_norm": 2.0}}, "optim.clip_norm"),
+        ({**ours, "seed": 2}, "seed"),
+    ):
+        with pytest.raises(ValueError, match=f"{key} differs"):
+            check_identity(run, "tune", source(theirs))
