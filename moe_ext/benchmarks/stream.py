@@ -6,7 +6,6 @@ of them; the ratio is the median over rounds of ours / theirs within a round.
 """
 
 import argparse
-import importlib.util
 import io
 import json
 import statistics
@@ -111,12 +110,11 @@ def readers(manifest: Manifest, folder: Path) -> dict[str, dict[str, Reader]]:
         },
         "decoded": {"ours": decoded, "webdataset": webdataset_decoded},
     }
-    if importlib.util.find_spec("streaming"):
-        found["raw"]["mosaicml_streaming"], found["decoded"]["mosaicml_streaming"] = _mosaic(
-            manifest, folder
-        )
-    if importlib.util.find_spec("litdata"):
-        found["raw"]["litdata"], found["decoded"]["litdata"] = _litdata(manifest, folder)
+    for name, peer in (("mosaicml_streaming", _mosaic), ("litdata", _litdata)):
+        try:
+            found["raw"][name], found["decoded"][name] = peer(manifest, folder)
+        except ImportError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
     return found
 
 

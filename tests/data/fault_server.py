@@ -43,7 +43,8 @@ class FaultServer:
     Faults: ok, 503-N and 429-N (the first N requests), 404, 403, cut-N (half the body, N times),
     reset-N (connection reset half-way), stall-N (silent half-way), slow (in small pieces), trickle
     (for ever, a byte at a time), norange-N (cut, and ranges are ignored), short (a file that is
-    really shorter, said honestly), garbage (right size, wrong bytes), auth (S3: only requests signed with the secret "s").
+    really shorter, said honestly), garbage (right size, wrong bytes), auth (S3: only requests
+    signed with the secret "s").
     """
 
     def __init__(self, folder: Path):
