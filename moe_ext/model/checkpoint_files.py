@@ -1,13 +1,12 @@
-"""Files of a Hugging Face checkpoint folder: written whole or not at all, read tensor by tensor."""
+"""Writing a Hugging Face checkpoint folder: whole or not at all. `files.py` reads one."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,40 +71,3 @@ def save_tensors(
         weight_map |= dict.fromkeys(keys, name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-
-
-class TensorFiles:
-    """The tensors of a checkpoint folder, read one by one.
-
-    Raises:
-        ValueError: the folder holds no safetensors checkpoint, or not the tensor asked for.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        if (self.folder / INDEX).is_file():
-            weight_map = json.loads((self.folder / INDEX).read_text())["weight_map"]
-        elif (self.folder / SINGLE).is_file():
-            with safe_open(self.folder / SINGLE, "pt") as file:
-                weight_map = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise ValueError(
-                f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model there with "
-                "save_pretrained"
-            )
-        self._weight_map: dict[str, str] = weight_map
-        self._open: dict[str, safe_open] = {}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weight_map)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._weight_map
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self._weight_map:
-            raise ValueError(f"{self.folder} has no tensor {key!r}")
-        name = self._weight_map[key]
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, "pt")
-        return self._open[name].get_tensor(key)

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, Qwen2MoeConfig
 
 from moe_ext.config import SpecialiseConfig
-from moe_ext.model.checkpoint_files import TensorFiles, publish_folder, save_tensors
+from moe_ext.model.checkpoint_files import publish_folder, save_tensors
+from moe_ext.model.files import Checkpoint
 from moe_ext.model.specialise import FitReport, SpecialisedLayer, specialise
 
 DENSE_TYPES = ("llama", "qwen2", "mistral")
@@ -145,14 +146,16 @@ _SAME_SETTINGS = (
 
 
 def copies(
-    files: TensorFiles, config: Qwen2MoeConfig, layer: int, seed: int = 0
+    files: Checkpoint, config: Qwen2MoeConfig, layer: int, seed: int = 0
 ) -> SpecialisedLayer:
     """The dense feed-forward of one layer as equal experts behind a random router.
 
     Width I' = `config.moe_intermediate_size` must be the dense width.
     """
     prefix = f"model.layers.{layer}.mlp"
-    gate, up, down = (files[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    gate, up, down = (
+        files.tensor(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down")
+    )
     generator = torch.Generator().manual_seed(1000 * seed + layer)
     rows = torch.randn(config.num_experts, config.hidden_size, generator=generator)
     repeat = (config.num_experts, 1, 1)
@@ -165,7 +168,7 @@ def copies(
 
 
 def checkpoint_tensors(
-    files: TensorFiles, config: Qwen2MoeConfig, sparse: dict[int, SpecialisedLayer]
+    files: Checkpoint, config: Qwen2MoeConfig, sparse: dict[int, SpecialisedLayer]
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the upcycled checkpoint by its key, in the dtype of the dense one.
 
@@ -175,17 +178,17 @@ def checkpoint_tensors(
     hidden = config.hidden_size
     for key in files:
         if not _of_sparse_mlp(key, config):
-            yield key, files[key]
+            yield key, files.tensor(key)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         for name in ("q", "k", "v"):
             if f"{prefix}.self_attn.{name}_proj.bias" not in files:
-                weight = files[f"{prefix}.self_attn.{name}_proj.weight"]
+                weight = files.tensor(f"{prefix}.self_attn.{name}_proj.weight")
                 yield f"{prefix}.self_attn.{name}_proj.bias", weight.new_zeros(len(weight))
         if layer in config.mlp_only_layers:
             continue
         experts = sparse.get(layer) or copies(files, config, layer)
-        dtype = files[f"{prefix}.mlp.gate_proj.weight"].dtype
+        dtype = files.tensor(f"{prefix}.mlp.gate_proj.weight").dtype
         yield f"{prefix}.mlp.gate.weight", experts.router_ED.to(dtype)
         for e in range(config.num_experts):
             expert = f"{prefix}.mlp.experts.{e}"
@@ -235,7 +238,7 @@ def upcycle(
     config = moe_config(dense, num_experts, top_k, layers, width)
 
     def write(folder: Path) -> None:
-        files = TensorFiles(dense_path)
+        files = Checkpoint(dense_path)
         sparse = {}
         if settings:
             texts = calibration_texts or []

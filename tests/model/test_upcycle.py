@@ -18,7 +18,8 @@ from transformers import (
 
 from moe_ext.config import SpecialiseConfig
 from moe_ext.model import specialise
-from moe_ext.model.checkpoint_files import TensorFiles, publish_folder, save_tensors
+from moe_ext.model.checkpoint_files import publish_folder, save_tensors
+from moe_ext.model.files import Checkpoint
 from moe_ext.model.upcycle import cached_upcycle, sparse_layers, upcycle
 
 SHAPE = {
@@ -225,13 +226,9 @@ def test_checkpoint_files_split_and_come_back(tmp_path):
         tmp_path / "many", lambda folder: save_tensors(folder, tensors.items(), max_file_bytes=500)
     )
     assert len(list((tmp_path / "many").glob("model-*-of-00003.safetensors"))) == 3
-    files = TensorFiles(tmp_path / "many")
-    assert sorted(files) == sorted(tensors)
-    assert all(torch.equal(files[key], value) for key, value in tensors.items())
-    with pytest.raises(ValueError, match="no tensor 't9'"):
-        files["t9"]
-    with pytest.raises(ValueError, match="save_pretrained"):
-        TensorFiles(tmp_path)
+    files = Checkpoint(tmp_path / "many")
+    assert list(files) == sorted(tensors)
+    assert all(torch.equal(files.tensor(key), value) for key, value in tensors.items())
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):
