@@ -6,7 +6,9 @@ run continues with any other number of ranks and workers.
 """
 
 import logging
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -176,13 +178,23 @@ class BatchStream(IterableDataset):
 
 
 def leave_signals_to_the_rank(worker: int) -> None:
-    """In a worker: ignore requests to stop.
+    """In a worker: act on no request to stop but its own rank's.
 
     Launchers and Slurm signal a rank's whole process tree; a worker that died of it would break the
-    step that the rank wants to end in order. Workers end when their rank asks them to or is gone.
+    step that the rank wants to end in order. The rank itself ends its workers by SIGTERM when it leaves,
+    and waits for them, so who sent a signal matters: a thread reads that, a handler could not.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    rank = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey_the_rank() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_the_rank, name="stop requests", daemon=True).start()
 
 
 class Loader:

@@ -26,7 +26,7 @@ def submit(cluster: SlurmCluster, folder: Path, name: str) -> str:
     words = overrides(
         folder,
         name,
-        *("stages.align.steps=150", "stages.align.checkpoint_every=50", "data.num_workers=1"),
+        *("stages.align.steps=60", "stages.align.checkpoint_every=30", "data.num_workers=1"),
         *("parallel.ep_size=2", "launcher=slurm", "launcher.nodes=2", "launcher.time_limit=30"),
         f"+launcher.environment.PYTHONPATH={ROOT}",
     )
@@ -64,7 +64,7 @@ def test_a_requeued_job_ends_with_the_same_losses(tmp_path: Path) -> None:
         cluster.run("scancel", "--signal=USR2", f"{job}.0")
         wait_until(lambda: cluster.states(job)[job] != "RUNNING", 120, "the job to leave")
         stopped_at = len(losses(tmp_path, "stopped"))
-        assert stopped_at < 150
+        assert stopped_at < 60
         straight = submit(cluster, tmp_path, "straight")
         log = tmp_path / "stopped" / "launch" / "job.log"
         assert cluster.wait(job, timeout_s=400) == {job: "COMPLETED"}, log.read_text()[-3000:]
@@ -74,5 +74,5 @@ def test_a_requeued_job_ends_with_the_same_losses(tmp_path: Path) -> None:
     status = read_status(tmp_path / "stopped")
     assert status is not None
     assert status.state == "finished"
-    assert len(losses(tmp_path, "straight")) == 150 + 3 + 6
+    assert len(losses(tmp_path, "straight")) == 60 + 3 + 6
     assert losses(tmp_path, "stopped") == losses(tmp_path, "straight")
