@@ -180,6 +180,6 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 1:
-        os._exit(1)  # an orderly exit may wait for a peer that waits for us
+    if code in (1, 130):
+        os._exit(code)  # an orderly exit may wait for a peer that waits for us
     sys.exit(code)

@@ -123,6 +123,32 @@ class Engine:
             self._create_plain_state()
         else:
             self._create_partitioned_state()
+        self._check_state()
+
+    def _check_state(self) -> None:
+        """The optimizer holds state for what trains and for nothing else. A collective.
+
+        Raises:
+            RuntimeError: its elements over all ranks are not the trainable ones, padding apart.
+        """
+        held = sum(state["exp_avg"].numel() for state in self.adam.state.values())
+        replicas = self.topology.world_size if self.settings.zero_stage == 0 else 1
+        own = [item.parameter.numel() for item in self.trainable if item.sharded]
+        groups_of_replicas = self.topology.world_size // self.topology.ep_size
+        counts = torch.tensor(
+            [held / replicas, sum(own) / groups_of_replicas], dtype=torch.float64
+        ).to(self.topology.device)
+        dist.all_reduce(counts)
+        held_by_all, sharded = counts.tolist()
+        replicated = sum(i.parameter.numel() for i in self.trainable if not i.sharded)
+        # DeepSpeed pads every parameter and every partition to a few elements; anchors come on top
+        slack = 64 * self.topology.world_size * (len(self.parts) + len(self.trainable) + 1)
+        surplus = held_by_all - sharded - replicated
+        if not 0 <= surplus <= slack:
+            raise RuntimeError(
+                f"the optimizer holds moments of {held_by_all:.0f} elements, but {sharded + replicated:.0f} "
+                "train: a parameter is missing from its groups, or something frozen is in them"
+            )
 
     def num_elements(self) -> int:
         """Trainable elements that this rank holds, anchor included."""

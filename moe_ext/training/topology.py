@@ -57,7 +57,9 @@ def ranks_from_environment(environment: dict[str, str] | None = None) -> Ranks:
     if "RANK" in env and "WORLD_SIZE" in env:
         world_size = int(env["WORLD_SIZE"])
         local_rank = int(env.get("LOCAL_RANK", "0"))
-        local = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world_size))  # torchrun, deepspeed
+        local = env.get(
+            "LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", world_size)
+        )  # torchrun, deepspeed
         return Ranks(int(env["RANK"]), world_size, local_rank, int(local))
     if (
         "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env

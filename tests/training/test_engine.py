@@ -15,7 +15,7 @@ from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter, 
 from moe_ext.training.topology import Ranks, ranks_from_environment, start
 from tests.ranks import run_ranks
 
-DIM, EXPERTS, STEPS = 6, 3, 3
+DIM, EXPERTS, STEPS = 40, 3, 3
 SETTINGS = EngineSettings(
     zero_stage=1, clip_norm=0.05, accumulation=2, sequences_per_rank=4, bf16=False
 )
@@ -128,6 +128,7 @@ def _engine_run(topology, settings, owned):
         settings,
         topology,
     )
+    moments = sum(state["exp_avg"].numel() for state in engine.adam.state.values())
     norms, parts = [], []
     for step in range(STEPS):
         for micro in range(settings.accumulation):
@@ -142,6 +143,11 @@ def _engine_run(topology, settings, owned):
     if owned:
         with pytest.raises(AttributeError):  # a stray save must not lose experts silently
             engine.deepspeed.save_checkpoint("/nowhere")
+    trainable, engine.trainable = engine.trainable, engine.trainable[:1]
+    with pytest.raises(RuntimeError, match="something frozen is in them"):
+        engine._check_state()  # the second half of the parameters counts as frozen now
+    engine.trainable = trainable
+    pieces["moments"] = moments
     engine.destroy()
     return norms, parts, model.connector.detach().float(), model.experts.detach().float(), pieces
 
@@ -236,7 +242,11 @@ def test_without_clipping_stage_0_equals_one_process(two_ranks):
 def test_fragments_tile_every_replicated_parameter_once(two_ranks, stage):
     covered = {"connector.weight": [], "experts": []}
     for rank in range(2):
-        for name, (first, numel, steps) in two_ranks[rank][stage, "replicated"][4].items():
+        pieces = dict(two_ranks[rank][stage, "replicated"][4])
+        if stage:  # half of the moments, up to padding
+            assert 0 <= 2 * pieces.pop("moments") - DIM * DIM * (1 + EXPERTS) < 64
+        pieces.pop("moments", None)
+        for name, (first, numel, steps) in pieces.items():
             covered[name] += range(first, first + numel)
             assert steps == STEPS
     assert sorted(covered["connector.weight"]) == list(range(DIM * DIM))
