@@ -6,9 +6,13 @@ here, D hidden width, I intermediate width.
 
 An expert is a gated MLP: `down(weight * act(gate_up(x)))`. The routing weight multiplies the
 activation, which is I wide, and not the output: the weight's gradient then needs no expert output.
-Saved for backward: `gate_up(x)` (R, 2I), the routing weights (R) and the row order (R int64 twice);
+Saved for backward: `gate_up(x)` (R, 2I), the routing weights (R) and the row order (3 R + T int64);
 of a trainable bank also the reference to `x` (T, D). Nothing else; no copy of expert weights is
 ever made, and a frozen bank has no weight gradient.
+
+Without a grouped GEMM (CPUs) a pass takes some experts at a time, as many as the caches hold: the
+gathered rows, the activations and their gradients are used again before they leave the cache, and
+never exist for all rows at once.
 """
 
 from collections.abc import Callable
@@ -19,6 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ext.config import Placement
+from moe_ext.model.grouped import (
+    Part,
+    RowPlan,
+    grouped_linear,
+    grouped_linear_backward_input,
+    grouped_linear_backward_weight,
+    multiplies_groups,
+    plan_rows,
+    sum_by_expert,
+    sum_by_token,
+)
 
 NO_EXPERT = -1
 """Id of an empty slot."""
@@ -58,175 +73,166 @@ def activate(h_R2I: Tensor, shape: ExpertShape) -> Tensor:
     return ACTIVATIONS[shape.activation](gate, up, shape)
 
 
-def activate_backward(h_R2I: Tensor, grad_RI: Tensor, shape: ExpertShape) -> Tensor:
-    """(R, 2I): gradient of `activate` with respect to `h`."""
+def _scaled(h_R2I: Tensor, scale_R1: Tensor, shape: ExpertShape) -> Tensor:
+    """(R, I): `scale * activate(h)`, without a graph."""
     if shape.activation == "silu":
         gate, up = h_R2I.chunk(2, dim=-1)
-        out = torch.empty_like(h_R2I)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        torch.mul(grad_RI, F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad_RI * up, gate))
-        return out
-    with torch.enable_grad():
-        h = h_R2I.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(activate(h, shape), h, grad_RI)
-    return grad
+        return F.silu(gate).mul_(up).mul_(scale_R1)
+    return activate(h_R2I, shape).mul_(scale_R1)
 
 
 @dataclass
-class RowPlan:
-    """Which rows a bank computes, sorted by expert."""
+class ActivationGradients:
+    """What `activate_backward` gives back."""
 
-    row_slot: Tensor
-    """(R,) int64: flat position in (T, S) of every row."""
-    row_token: Tensor
-    """(R,) int64."""
-    row_of_slot: Tensor
-    """(T, S) int64: the row of every slot, R where the slot is not this bank's."""
-    counts: Tensor
-    """(E,) int64: rows of every expert."""
+    h_R2I: Tensor
+    weight_R: Tensor | None
+    """Gradient of the routing weights, in their dtype."""
+    scaled_RI: Tensor | None
+    """The scaled activation itself, computed again."""
 
 
-def plan_rows(local_TS: Tensor, num_experts: int) -> RowPlan:
-    """Rows of the slots whose id lies in [0, num_experts); all other ids are somebody else's."""
-    num_slots = local_TS.shape[1]
-    flat = local_TS.reshape(-1)
-    mine = (flat >= 0) & (flat < num_experts)
-    slots = mine.nonzero().squeeze(1)
-    # stable sort: rows of one expert keep token order, or resume is not bit-exact
-    order = torch.argsort(flat[slots], stable=True)
-    row_slot = slots[order]
-    rows = torch.arange(row_slot.numel(), device=flat.device)
-    row_of_slot = torch.full_like(flat, row_slot.numel()).scatter_(0, row_slot, rows)
-    counts = torch.bincount(flat[row_slot], minlength=num_experts)
-    return RowPlan(row_slot, row_slot // num_slots, row_of_slot.view_as(local_TS), counts)
+def activate_backward(
+    h_R2I: Tensor,
+    grad_RI: Tensor,
+    weight_R: Tensor,
+    shape: ExpertShape,
+    weight_live: bool,
+    keep: bool,
+) -> ActivationGradients:
+    """Gradients of `weight * activate(h)`. Overwrites `grad_RI`.
 
-
-def _grouped_mm_runs(rows: Tensor, *widths: int) -> bool:
-    """Whether the device's grouped GEMM takes these operands; a loop over experts does all others."""
-    aligned = all(width * rows.element_size() % 16 == 0 for width in widths)
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and rows.shape[0] > 0
-
-
-def grouped_linear(rows: Tensor, weight_EOI: Tensor, counts: Tensor, spare: int = 0) -> Tensor:
-    """(R + spare, O): every expert's rows times its own matrix, rows[e] @ weight[e].T, and zeros."""
-    return _grouped_mm(rows, weight_EOI.transpose(1, 2), counts, spare)
-
-
-def grouped_linear_backward_input(
-    grad: Tensor, weight_EOI: Tensor, counts: Tensor, spare: int = 0
-) -> Tensor:
-    """(R + spare, I): gradient of `grouped_linear` for its rows, grad[e] @ weight[e], and zeros."""
-    return _grouped_mm(grad, weight_EOI, counts, spare)
-
-
-def _grouped_mm(rows: Tensor, matrix_EIO: Tensor, counts: Tensor, spare: int) -> Tensor:
-    num_in, num_out = matrix_EIO.shape[1:]
-    if _grouped_mm_runs(rows, num_in, num_out):
-        out = F.grouped_mm(rows, matrix_EIO, offs=counts.cumsum(0).to(torch.int32))
-        return F.pad(out, (0, 0, 0, spare)) if spare else out
-    out = rows.new_empty(rows.shape[0] + spare, num_out)
-    out[rows.shape[0] :] = 0
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            part = slice(start, start + count)
-            torch.mm(rows[part], matrix_EIO[expert], out=out[part])
-            start += count
-    return out
-
-
-def grouped_linear_backward_weight(grad: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
-    """(E, O, I): gradient of `grouped_linear` with respect to the weight; zero for an idle expert."""
-    num_out, num_in = grad.shape[1], rows.shape[1]
-    if _grouped_mm_runs(rows, num_out, num_in):
-        return F.grouped_mm(grad.t(), rows, offs=counts.cumsum(0).to(torch.int32))
-    out = rows.new_zeros(counts.numel(), num_out, num_in)
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            part = slice(start, start + count)
-            torch.mm(grad[part].t(), rows[part], out=out[expert])
-            start += count
-    return out
-
-
-def sum_by_token(rows: Tensor, row_of_slot: Tensor) -> Tensor:
-    """(T, D): the sum of every token's rows, slot by slot; a gather, so the same on every device.
-
-    `rows` has R + 1 rows, the last one zero: it stands for the slots that are not this bank's.
+    `weight_live`: also of the weights. `keep`: also the value, which a weight gradient needs.
     """
-    out = rows.index_select(0, row_of_slot[:, 0])
-    for slot in range(1, row_of_slot.shape[1]):
-        out += rows.index_select(0, row_of_slot[:, slot])
-    return out
+    scale_R1 = weight_R.to(h_R2I.dtype).unsqueeze(1)
+    if shape.activation != "silu":
+        return _activate_backward_any(h_R2I, grad_RI, weight_R, shape, weight_live, keep)
+    gate, up = h_R2I.chunk(2, dim=-1)
+    out = torch.empty_like(h_R2I)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    act_RI = F.silu(gate)
+    scaled_RI = (act_RI * up).mul_(scale_R1) if keep else None
+    act_RI.mul_(grad_RI)
+    grad_weight_R = (act_RI * up).sum(-1, dtype=weight_R.dtype) if weight_live else None
+    torch.mul(act_RI, scale_R1, out=grad_up)
+    grad_RI.mul_(scale_R1).mul_(up)
+    torch.ops.aten.silu_backward.grad_input(grad_RI, gate, grad_input=grad_gate)
+    return ActivationGradients(out, grad_weight_R, scaled_RI)
 
 
-def _sum_bias_rows(grad: Tensor, counts: Tensor) -> Tensor:
-    """(E, O): the sum of every expert's rows."""
-    experts = torch.repeat_interleave(torch.arange(counts.numel(), device=grad.device), counts)
-    return grad.new_zeros(counts.numel(), grad.shape[1]).index_add_(0, experts, grad)
+def _activate_backward_any(h_R2I, grad_RI, weight_R, shape, weight_live, keep):
+    """`activate_backward` of any activation, by autograd."""
+    scale_R1 = weight_R.to(h_R2I.dtype).unsqueeze(1)
+    with torch.enable_grad():
+        h = h_R2I.detach().requires_grad_()
+        act_RI = activate(h, shape)
+        (grad_h,) = torch.autograd.grad(act_RI, h, grad_RI * scale_R1)
+    act_RI = act_RI.detach()
+    grad_weight_R = (grad_RI * act_RI).sum(-1, dtype=weight_R.dtype) if weight_live else None
+    return ActivationGradients(grad_h, grad_weight_R, act_RI * scale_R1 if keep else None)
 
 
 class _BankFunction(torch.autograd.Function):
     """Gather rows, two grouped GEMMs, sum by token. See the module's docstring."""
 
     @staticmethod
-    def forward(ctx, x_TD, weight_TS, gate_up, down, gate_up_bias, down_bias, plan, shape):
-        x_RD = x_TD.index_select(0, plan.row_token)
-        h_R2I = grouped_linear(x_RD, gate_up, plan.counts)
+    def forward(ctx, x_TD, weight_TS, gate_up, down, gate_up_bias, down_bias, plan, shape, token_U):
         weight_R = weight_TS.reshape(-1).index_select(0, plan.row_slot)
-        if gate_up_bias is not None:
-            h_R2I += gate_up_bias.repeat_interleave(plan.counts, dim=0)
-        scaled_RI = activate(h_R2I, shape).mul_(weight_R.to(h_R2I.dtype).unsqueeze(1))
-        out_RD = grouped_linear(scaled_RI, down, plan.counts, spare=1)
-        if down_bias is not None:
-            rows_bias = down_bias.repeat_interleave(plan.counts, dim=0)
-            out_RD[:-1] += rows_bias * weight_R.to(out_RD.dtype).unsqueeze(1)
-        ctx.plan, ctx.shape = plan, shape
+        scale_R1 = weight_R.to(x_TD.dtype).unsqueeze(1)
+        parts = _parts(plan, x_TD, shape)
+        h_R2I, out_RD = _buffers(parts, x_TD, 2 * shape.intermediate_dim, shape.hidden_dim)
+        for part in parts:
+            rows = part.rows
+            x_rD = x_TD.index_select(0, plan.row_token[rows])
+            h_r2I = grouped_linear(x_rD, gate_up, part, _rows(h_R2I, rows))
+            if gate_up_bias is not None:
+                h_r2I += gate_up_bias[part.experts].repeat_interleave(part.counts, dim=0)
+            act_rI = _scaled(h_r2I, scale_R1[rows], shape)
+            out_rD = grouped_linear(act_rI, down, part, _rows(out_RD, rows))
+            if down_bias is not None:
+                bias_rD = down_bias[part.experts].repeat_interleave(part.counts, dim=0)
+                out_rD += bias_rD * scale_R1[rows]
+            if len(parts) == 1:
+                h_R2I, out_RD = h_r2I, out_rD
+        ctx.plan, ctx.shape, ctx.weight_shape = plan, shape, weight_TS.shape
         trains = gate_up.requires_grad
         ctx.save_for_backward(
             x_TD if trains else None, h_R2I, weight_R, gate_up, down, gate_up_bias, down_bias
         )
-        return sum_by_token(out_RD, plan.row_of_slot)
+        ctx.token_U = token_U
+        return sum_by_token(out_RD, plan.bags.of(token_U))
 
     @staticmethod
-    def backward(ctx, grad_TD):
+    def backward(ctx, grad_UD):
         x_TD, h_R2I, weight_R, gate_up, down, gate_up_bias, down_bias = ctx.saved_tensors
         plan, shape = ctx.plan, ctx.shape
         x_live, weight_live, bank_live = ctx.needs_input_grad[:3]
-        grad_RD = grad_TD.index_select(0, plan.row_token)
-        grad_scaled_RI = grouped_linear_backward_input(grad_RD, down, plan.counts)
-
-        act_RI = activate(h_R2I, shape) if weight_live or bank_live else None
+        parts = _parts(plan, grad_UD, shape)
+        row_place = plan.row_place(ctx.token_U)
+        grad_bank: list[Tensor | None] = [None] * 4
+        if bank_live:
+            tensors = (gate_up, down, gate_up_bias, down_bias)
+            grad_bank = [None if t is None else torch.empty_like(t) for t in tensors]
+        (grad_x_RD,) = _buffers(parts, grad_UD, shape.hidden_dim)
+        grad_weight_R = torch.empty_like(weight_R)
+        for part in parts:
+            rows = part.rows
+            grad_rD = grad_UD.index_select(0, row_place[rows])
+            grad_rI = grouped_linear_backward_input(grad_rD, down, part, None)
+            grads = activate_backward(
+                h_R2I[rows], grad_rI, weight_R[rows], shape, weight_live, keep=bank_live
+            )
+            if weight_live:
+                grad_weight_R[rows] = grads.weight_R
+                if down_bias is not None:
+                    bias_rD = down_bias[part.experts].repeat_interleave(part.counts, dim=0)
+                    grad_weight_R[rows] += (grad_rD * bias_rD).sum(-1, dtype=weight_R.dtype)
+            if bank_live:
+                x_rD = x_TD.index_select(0, plan.row_token[rows])
+                scale_r1 = weight_R[rows].to(grad_rD.dtype).unsqueeze(1)
+                _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part)
+            if x_live:
+                into = _rows(grad_x_RD, rows)
+                grad_x_rD = grouped_linear_backward_input(grads.h_R2I, gate_up, part, into)
+                grad_x_RD = grad_x_rD if len(parts) == 1 else grad_x_RD
         grad_weight_TS = None
         if weight_live:
-            grad_weight_R = (grad_scaled_RI * act_RI).sum(-1, dtype=weight_R.dtype)
-            if down_bias is not None:
-                rows_bias = down_bias.repeat_interleave(plan.counts, dim=0)
-                grad_weight_R += (grad_RD * rows_bias).sum(-1, dtype=weight_R.dtype)
-            flat = grad_weight_R.new_zeros(plan.row_of_slot.numel())
-            grad_weight_TS = flat.index_copy_(0, plan.row_slot, grad_weight_R)
-            grad_weight_TS = grad_weight_TS.view_as(plan.row_of_slot)
+            flat = grad_weight_R.new_zeros(ctx.weight_shape.numel())
+            flat.index_copy_(0, plan.row_slot, grad_weight_R)
+            grad_weight_TS = flat.view(ctx.weight_shape)
+        grad_x_TD = sum_by_token(grad_x_RD, plan.bags) if x_live else None
+        return grad_x_TD, grad_weight_TS, *grad_bank, None, None, None
 
-        scale_R1 = weight_R.to(h_R2I.dtype).unsqueeze(1)
-        grad_gate_up = grad_down = grad_gate_up_bias = grad_down_bias = grad_x_TD = None
-        if bank_live:
-            grad_down = grouped_linear_backward_weight(grad_RD, act_RI.mul_(scale_R1), plan.counts)
-            if down_bias is not None:
-                grad_down_bias = _sum_bias_rows(grad_RD * scale_R1, plan.counts)
-        if bank_live or x_live:
-            grad_h_R2I = activate_backward(h_R2I, grad_scaled_RI.mul_(scale_R1), shape)
-        if bank_live:
-            x_RD = x_TD.index_select(0, plan.row_token)
-            grad_gate_up = grouped_linear_backward_weight(grad_h_R2I, x_RD, plan.counts)
-            if gate_up_bias is not None:
-                grad_gate_up_bias = _sum_bias_rows(grad_h_R2I, plan.counts)
-        if x_live:
-            grad_x_RD = grouped_linear_backward_input(grad_h_R2I, gate_up, plan.counts, spare=1)
-            grad_x_TD = sum_by_token(grad_x_RD, plan.row_of_slot)
-        grads = (grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias)
-        return grad_x_TD, grad_weight_TS, *grads, None, None
+
+def _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part: Part) -> None:
+    """Writes the part's weight and bias gradients."""
+    gate_up, down, gate_up_bias, down_bias = grad_bank
+    grad_bank[:2] = (
+        grouped_linear_backward_weight(grads.h_R2I, x_rD, part, gate_up),
+        grouped_linear_backward_weight(grad_rD, grads.scaled_RI, part, down),
+    )
+    if gate_up_bias is not None:
+        sum_by_expert(grads.h_R2I, part, gate_up_bias)
+        sum_by_expert(grad_rD * scale_r1, part, down_bias)
+
+
+def _parts(plan: RowPlan, like: Tensor, shape: ExpertShape) -> list[Part]:
+    """The rows in parts that fit the caches; all at once on a device with grouped GEMMs."""
+    widths = (shape.hidden_dim, shape.intermediate_dim)
+    groups = multiplies_groups(like, plan.row_slot.numel(), *widths)
+    return plan.parts(2 * shape.intermediate_dim * like.element_size(), loops=not groups)
+
+
+def _buffers(parts: list[Part], like: Tensor, *widths: int) -> list[Tensor | None]:
+    """(R, width) each, to be filled part by part; None where the only part's result is the whole."""
+    if len(parts) == 1:
+        return [None for _ in widths]
+    num_rows = parts[-1].rows.stop
+    return [like.new_empty(num_rows, width) for width in widths]
+
+
+def _rows(buffer: Tensor | None, rows: slice) -> Tensor | None:
+    return None if buffer is None else buffer[rows]
 
 
 class Bank(nn.Module):
@@ -269,20 +275,25 @@ class Bank(nn.Module):
             tensors |= {"gate_up_bias": (held, 2 * wide), "down_bias": (held, dim)}
         return tensors
 
-    def forward(self, x_TD: Tensor, local_TS: Tensor, weight_TS: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        local_TS: Tensor,
+        weight_TS: Tensor,
+        token_U: Tensor | None = None,
+    ) -> Tensor:
         """(T, D): the weighted sum of the outputs of the experts held here.
 
-        Ids in `local_TS` count the experts held here from 0; any id outside is skipped. With no
-        row at all the result is zero and still depends on every trainable tensor: a rank whose
-        tokens choose no expert takes part in the gradient reduction like all others.
+        With `token_U` only those of these tokens, (U, D); no other token may have chosen any.
+        Ids in `local_TS` count the experts held here from 0; any id outside is skipped. With no row
+        at all the result is zero and still depends on every trainable tensor: a rank whose tokens
+        choose no expert takes part in the gradient reduction like all others.
         """
         if not self.expert_ids:
-            return torch.zeros_like(x_TD)
+            return torch.zeros_like(x_TD if token_U is None else x_TD[token_U])
         plan = plan_rows(local_TS, len(self.expert_ids))
-        biases = (self.gate_up_bias, self.down_bias)
-        return _BankFunction.apply(
-            x_TD, weight_TS, self.gate_up, self.down, *biases, plan, self.shape
-        )
+        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return _BankFunction.apply(x_TD, weight_TS, *tensors, plan, self.shape, token_U)
 
 
 class FrozenBank(Bank):

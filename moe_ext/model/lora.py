@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ext.config import Placement
-from moe_ext.model.experts import Bank, ExpertShape, activate, plan_rows, sum_by_token
+from moe_ext.model.experts import Bank, ExpertShape, activate
+from moe_ext.model.grouped import plan_rows, sum_by_token
 
 
 class LoraBank(Bank):
@@ -61,14 +62,20 @@ class LoraBank(Bank):
         for a in (self.gate_up_a[slot], self.down_a[slot]):
             a.copy_(torch.randn(a.shape, generator=stream) * a.shape[-1] ** -0.5)
 
-    def forward(self, x_TD: Tensor, local_TS: Tensor, weight_TS: Tensor) -> Tensor:
-        """(T, D): as `Bank.forward`. Autograd sees the source as data: no weight gradient."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        local_TS: Tensor,
+        weight_TS: Tensor,
+        token_U: Tensor | None = None,
+    ) -> Tensor:
+        """As `Bank.forward`. Autograd sees the source as data: no weight gradient."""
         if not self.expert_ids:
-            return torch.zeros_like(x_TD)
+            return torch.zeros_like(x_TD if token_U is None else x_TD[token_U])
         plan = plan_rows(local_TS, len(self.expert_ids))
         x_RD = x_TD.index_select(0, plan.row_token)
         weight_R = weight_TS.reshape(-1).index_select(0, plan.row_slot)
-        counts = plan.counts.tolist()
+        counts = plan.count_list
         # unbind: an index into a trainable stack in a loop has a backward quadratic in n
         matrices = [t.unbind(0) for t in (self.gate_up_a, self.gate_up_b, self.down_a, self.down_b)]
         out = []
@@ -77,8 +84,7 @@ class LoraBank(Bank):
             zip(x_RD.split(counts), weight_R.split(counts), strict=True)
         ):
             out.append(self._expert(slot, x, weight, *(matrix[slot] for matrix in matrices)))
-        rows = torch.cat([*out, x_TD.new_zeros(1, x_TD.shape[1])])
-        return sum_by_token(rows, plan.row_of_slot)
+        return sum_by_token(torch.cat(out), plan.bags.of(token_U))
 
     def _expert(
         self,

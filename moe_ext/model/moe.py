@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from moe_ext.config import Placement
 from moe_ext.model.context import ContextHolder, text_context
-from moe_ext.model.dispatch import Liveness, dispatch
+from moe_ext.model.dispatch import Liveness, give_back, plan_route, send
 from moe_ext.model.experts import NO_EXPERT, Bank, FrozenBank
 from moe_ext.model.placement import owners
 from moe_ext.model.routing import Router
@@ -114,42 +114,51 @@ class ExtendedMoE(nn.Module):
         return (y_BSD, None) if self.returns_tuple else y_BSD
 
     def _experts(self, x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
-        """(T, D): sharded experts through the exchange, replicated ones where their tokens are."""
+        """(T, D): sharded experts through the exchange, replicated ones where their tokens are.
+
+        What stays is computed while the tokens travel, and added when they are back.
+        """
         group = self.ep_group
         stay = [b for b in self.banks if group is None or b.placement is Placement.replicate]
         travel = [b for b in self.banks if b not in stay]
-        y_TD = None
-        if travel:
-            self.owner_of = self.owner_of.to(x_TD.device)
-            owner_TS = self.owner_of[expert_TS.clamp(min=0)]
-            owner_TS = owner_TS.masked_fill(expert_TS < 0, NO_EXPERT)
+        if not travel:
+            return _sum_banks(x_TD, expert_TS, weight_TS, stay)
+        self.owner_of = self.owner_of.to(x_TD.device)
+        owner_TS = self.owner_of[expert_TS.clamp(min=0)]
+        owner_TS = owner_TS.masked_fill(expert_TS < 0, NO_EXPERT)
+        route = plan_route(expert_TS, owner_TS, group)
+        arriving = send(x_TD, expert_TS, weight_TS, owner_TS, route, self.liveness)
+        stayed = [_chosen_rows(x_TD, expert_TS, weight_TS, bank) for bank in stay]
+        x_QD, expert_QS, weight_QS = arriving.wait()
+        y_QD = _sum_banks(x_QD, expert_QS, weight_QS, travel)
+        y_TD = give_back(y_QD, route, arriving.anchor)
+        for token_U, rows_UD in stayed:
+            y_TD.index_add_(0, token_U, rows_UD)
+        return y_TD
 
-            def compute(x_QD: Tensor, expert_QS: Tensor, weight_QS: Tensor) -> Tensor:
-                return _sum_banks(None, x_QD, expert_QS, weight_QS, travel)
 
-            y_TD = dispatch(x_TD, expert_TS, weight_TS, owner_TS, compute, group, self.liveness)
-        return _sum_banks(y_TD, x_TD, expert_TS, weight_TS, stay)
+def _sum_banks(x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor, banks: list[Bank]) -> Tensor:
+    """(T, D): the sum of the banks' outputs.
 
-
-def _sum_banks(
-    y_TD: Tensor | None, x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor, banks: list[Bank]
-) -> Tensor:
-    """(T, D): y (the first bank's output where there is none) plus the outputs of the other banks.
-
-    A bank is added only to the tokens that chose it: no work for the others, and a token without a
-    new expert keeps its bits. A bank nobody chose computes zero rows and stays in the graph.
+    A bank after the first is added only to the tokens that chose it: no work for the others, and a
+    token without a new expert keeps its bits. A bank nobody chose computes zero rows and stays in
+    the graph.
     """
-    for bank in banks:
-        local_TS = expert_TS - bank.first_held
-        if y_TD is None:
-            y_TD = bank(x_TD, local_TS, weight_TS)
-            continue
-        chosen_TS = (local_TS >= 0) & (local_TS < len(bank.expert_ids)) & (expert_TS >= 0)
-        token_U = chosen_TS.any(1).nonzero().squeeze(1)
-        rows_UD = bank(x_TD[token_U], local_TS[token_U], weight_TS[token_U])
-        y_TD = y_TD.index_add(0, token_U, rows_UD)
-    assert y_TD is not None
+    y_TD = banks[0](x_TD, expert_TS - banks[0].first_held, weight_TS)
+    for bank in banks[1:]:
+        token_U, rows_UD = _chosen_rows(x_TD, expert_TS, weight_TS, bank)
+        y_TD.index_add_(0, token_U, rows_UD)
     return y_TD
+
+
+def _chosen_rows(
+    x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor, bank: Bank
+) -> tuple[Tensor, Tensor]:
+    """The tokens that chose the bank (U,), and its outputs for them (U, D)."""
+    local_TS = expert_TS - bank.first_held
+    chosen_TS = (local_TS >= 0) & (local_TS < len(bank.expert_ids)) & (expert_TS >= 0)
+    token_U = chosen_TS.any(1).nonzero().squeeze(1)
+    return token_U, bank(x_TD, local_TS, weight_TS, token_U)
 
 
 def extended_layers(lm: nn.Module) -> dict[int, ExtendedMoE]:

@@ -1,0 +1,175 @@
+"""Rows sorted by expert: the plan of a bank's rows, their products, and their sums by token.
+
+Shape letters: T tokens, S slots a token, R rows = chosen (token, expert) pairs, sorted by expert,
+E experts of the bank held here, O and I a matrix's output and input width, D hidden width.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CACHED_BYTES = 1 << 20
+"""On a CPU rows are worked on in parts of about this size, which its caches hold."""
+
+
+@dataclass
+class Bags:
+    """Which rows every token sums: the rows of token t are `row[start[t] : start[t + 1]]`."""
+
+    row: Tensor
+    """int64."""
+    start: Tensor
+    """(T,) int64."""
+
+    def of(self, token_U: Tensor | None) -> "Bags":
+        """The bags of some tokens, in order, when all others are empty; None keeps all."""
+        return self if token_U is None else Bags(self.row, self.start.index_select(0, token_U))
+
+
+@dataclass
+class Part:
+    """Some neighbouring experts, and their rows."""
+
+    rows: slice
+    experts: slice
+    counts: Tensor
+    """(experts,) int64: rows of every expert."""
+    count_list: list[int] | None
+    """The same on the host; None where the device multiplies groups by itself."""
+
+
+@dataclass
+class RowPlan:
+    """Which rows a bank computes, sorted by expert; equal experts keep token order."""
+
+    row_slot: Tensor
+    """(R,) int64: flat position in (T, S) of every row."""
+    row_token: Tensor
+    """(R,) int64."""
+    bags: Bags
+    """The rows of every token, slot by slot."""
+    counts: Tensor
+    """(E,) int64: rows of every expert."""
+
+    @cached_property
+    def count_list(self) -> list[int]:
+        return self.counts.tolist()
+
+    def row_place(self, token_U: Tensor | None) -> Tensor:
+        """(R,) int64: where among `token_U` a row's token stands; None is all tokens."""
+        if token_U is None:
+            return self.row_token
+        place_T = torch.empty_like(self.bags.start)
+        place_T[token_U] = torch.arange(token_U.numel(), device=token_U.device)
+        return place_T.index_select(0, self.row_token)
+
+    def parts(self, row_bytes: int, loops: bool) -> list[Part]:
+        """Neighbouring experts whose rows, of `row_bytes` each, fit the processor's caches.
+
+        One part where the device multiplies groups by itself (`loops` false).
+        """
+        if not loops:
+            everything = slice(0, self.row_slot.numel())
+            return [Part(everything, slice(0, len(self.counts)), self.counts, None)]
+        counts, most = self.count_list, max(1, CACHED_BYTES // row_bytes)
+        parts, first_row, first = [], 0, 0
+        num_rows = 0
+        for expert, count in enumerate(counts):
+            num_rows += count
+            last = expert + 1 == len(counts)
+            if last or num_rows + counts[expert + 1] > most:
+                rows, experts = slice(first_row, first_row + num_rows), slice(first, expert + 1)
+                parts.append(Part(rows, experts, self.counts[experts], counts[experts]))
+                first_row, first, num_rows = first_row + num_rows, expert + 1, 0
+        return parts
+
+
+def plan_rows(local_TS: Tensor, num_experts: int) -> RowPlan:
+    """Rows of the slots whose id lies in [0, num_experts); all other ids are somebody else's."""
+    mine_TS = (local_TS >= 0) & (local_TS < num_experts)
+    slots = mine_TS.reshape(-1).nonzero().squeeze(1)
+    chosen = local_TS.reshape(-1)[slots]
+    # stable sort: rows of one expert keep token order, or resume is not bit-exact
+    order = torch.argsort(chosen, stable=True)
+    row_slot = slots[order]
+    row = torch.empty_like(order)
+    row[order] = torch.arange(order.numel(), device=order.device)
+    count_T = mine_TS.sum(1)
+    return RowPlan(
+        row_slot,
+        row_slot // local_TS.shape[1],
+        Bags(row, count_T.cumsum(0) - count_T),
+        torch.bincount(chosen, minlength=num_experts),
+    )
+
+
+def sum_by_token(rows_RD: Tensor, bags: Bags) -> Tensor:
+    """(T, D): the sum of every token's rows, slot by slot; a gather, so it repeats bit by bit.
+
+    bf16 rows are added in fp32 and rounded once. A token without rows gets zeros.
+    """
+    if bags.row.numel() == 0:  # zeros that stay in the graph
+        zeros = rows_RD.new_zeros(bags.start.numel(), rows_RD.shape[1])
+        return zeros.index_add(0, bags.row, rows_RD)
+    return F.embedding_bag(bags.row, rows_RD, bags.start, mode="sum")
+
+
+def multiplies_groups(like: Tensor, num_rows: int, *widths: int) -> bool:
+    """Whether the device's grouped GEMM takes rows like these; a loop over experts does all others."""
+    aligned = all(width * like.element_size() % 16 == 0 for width in widths)
+    return like.is_cuda and like.dtype == torch.bfloat16 and aligned and num_rows > 0
+
+
+def grouped_linear(rows: Tensor, weight_EOI: Tensor, part: Part, out: Tensor | None) -> Tensor:
+    """(R, O): every expert's rows times its own matrix, rows[e] @ weight[e].T."""
+    return _grouped_mm(rows, weight_EOI.transpose(1, 2), part, out)
+
+
+def grouped_linear_backward_input(
+    grad: Tensor, weight_EOI: Tensor, part: Part, out: Tensor | None
+) -> Tensor:
+    """(R, I): gradient of `grouped_linear` for its rows, grad[e] @ weight[e]."""
+    return _grouped_mm(grad, weight_EOI, part, out)
+
+
+def _grouped_mm(rows: Tensor, matrix_EIO: Tensor, part: Part, out: Tensor | None) -> Tensor:
+    """The product, written to `out` where it is given; the device's grouped GEMM brings its own."""
+    matrix_EIO = matrix_EIO[part.experts]
+    if part.count_list is None:
+        return F.grouped_mm(rows, matrix_EIO, offs=part.counts.cumsum(0).to(torch.int32))
+    if out is None:
+        out = rows.new_empty(rows.shape[0], matrix_EIO.shape[2])
+    counts = part.count_list
+    for into, mine, matrix in zip(
+        out.split(counts), rows.split(counts), matrix_EIO.unbind(0), strict=True
+    ):
+        torch.mm(mine, matrix, out=into)
+    return out
+
+
+def grouped_linear_backward_weight(
+    grad: Tensor, rows: Tensor, part: Part, out: Tensor | None
+) -> Tensor:
+    """(E, O, I): gradient of `grouped_linear` for the part's weights; zero for an idle expert.
+
+    `out` has all experts of the bank and the part's are written; a grouped GEMM brings its own.
+    """
+    if part.count_list is None:
+        return F.grouped_mm(grad.t(), rows, offs=part.counts.cumsum(0).to(torch.int32))
+    assert out is not None
+    counts = part.count_list
+    for into, mine, x in zip(
+        out[part.experts].unbind(0), grad.split(counts), rows.split(counts), strict=True
+    ):
+        torch.mm(mine.t(), x, out=into)  # without a row: zeros
+    return out
+
+
+def sum_by_expert(rows: Tensor, part: Part, out: Tensor) -> None:
+    """Writes the sums of the part's rows, expert by expert, to its entries of `out` (E, O)."""
+    counts, device = part.counts, rows.device
+    experts = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
+    out[part.experts] = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, experts, rows)
