@@ -100,7 +100,8 @@ def _unpack(packed: Tensor, *columns: tuple[int, torch.dtype]) -> list[Tensor]:
     out, start = [], 0
     for width, dtype in columns:
         end = start + width * dtype.itemsize
-        out.append(packed[:, start:end].contiguous().view(dtype))
+        flat = packed[:, start:end].reshape(-1)  # of a single row: no copy, any stride
+        out.append(flat.view(dtype).view(packed.shape[0], width))
         start = end
     return out
 

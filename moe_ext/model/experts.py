@@ -4,8 +4,9 @@ Shape letters: T tokens, S slots a token (top_k, and one more for every expert t
 R rows = chosen (token, expert) pairs of this bank, sorted by expert, E experts of the bank held
 here, D hidden width, I intermediate width.
 
-An expert is a gated MLP: `down(weight * act(gate_up(x)))`. The routing weight multiplies the
-activation, which is I wide, and not the output: the weight's gradient then needs no expert output.
+An expert is a gated MLP: `weight * down(act(gate_up(x)))`. The routing weight multiplies where rows
+are summed by token, the output here and the input's gradient in backward, and costs no pass of its
+own; its gradient is taken at the activation and needs no expert output.
 Saved for backward: `gate_up(x)` (R, 2I), the routing weights (R) and the row order (3 R + T int64);
 of a trainable bank also the reference to `x` (T, D). Nothing else; no copy of expert weights is
 ever made, and a frozen bank has no weight gradient.
@@ -73,12 +74,12 @@ def activate(h_R2I: Tensor, shape: ExpertShape) -> Tensor:
     return ACTIVATIONS[shape.activation](gate, up, shape)
 
 
-def _scaled(h_R2I: Tensor, scale_R1: Tensor, shape: ExpertShape) -> Tensor:
-    """(R, I): `scale * activate(h)`, without a graph."""
+def _activated(h_R2I: Tensor, shape: ExpertShape) -> Tensor:
+    """`activate`, without a graph."""
     if shape.activation == "silu":
         gate, up = h_R2I.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up).mul_(scale_R1)
-    return activate(h_R2I, shape).mul_(scale_R1)
+        return F.silu(gate).mul_(up)
+    return activate(h_R2I, shape)
 
 
 @dataclass
@@ -86,50 +87,40 @@ class ActivationGradients:
     """What `activate_backward` gives back."""
 
     h_R2I: Tensor
-    weight_R: Tensor | None
-    """Gradient of the routing weights, in their dtype."""
-    scaled_RI: Tensor | None
-    """The scaled activation itself, computed again."""
+    inner_R: Tensor | None
+    """The product of gradient and activation, summed over a row: the routing weights' gradient."""
+    act_RI: Tensor | None
+    """The activation itself, computed again."""
 
 
 def activate_backward(
-    h_R2I: Tensor,
-    grad_RI: Tensor,
-    weight_R: Tensor,
-    shape: ExpertShape,
-    weight_live: bool,
-    keep: bool,
+    h_R2I: Tensor, grad_RI: Tensor, shape: ExpertShape, inner: torch.dtype | None, keep: bool
 ) -> ActivationGradients:
-    """Gradients of `weight * activate(h)`. Overwrites `grad_RI`.
+    """Gradient of `activate`. Overwrites `grad_RI`.
 
-    `weight_live`: also of the weights. `keep`: also the value, which a weight gradient needs.
+    `inner`: also the inner products, in this dtype. `keep`: also the value.
     """
-    scale_R1 = weight_R.to(h_R2I.dtype).unsqueeze(1)
     if shape.activation != "silu":
-        return _activate_backward_any(h_R2I, grad_RI, weight_R, shape, weight_live, keep)
+        with torch.enable_grad():
+            h = h_R2I.detach().requires_grad_()
+            act_RI = activate(h, shape)
+            (grad_h,) = torch.autograd.grad(act_RI, h, grad_RI)
+        act_RI = act_RI.detach()
+        return ActivationGradients(grad_h, _inner(grad_RI, act_RI, inner), act_RI)
     gate, up = h_R2I.chunk(2, dim=-1)
     out = torch.empty_like(h_R2I)
     grad_gate, grad_up = out.chunk(2, dim=-1)
     act_RI = F.silu(gate)
-    scaled_RI = (act_RI * up).mul_(scale_R1) if keep else None
-    act_RI.mul_(grad_RI)
-    grad_weight_R = (act_RI * up).sum(-1, dtype=weight_R.dtype) if weight_live else None
-    torch.mul(act_RI, scale_R1, out=grad_up)
-    grad_RI.mul_(scale_R1).mul_(up)
+    torch.mul(act_RI, grad_RI, out=grad_up)
+    inner_R = _inner(grad_up, up, inner)
+    grad_RI.mul_(up)
     torch.ops.aten.silu_backward.grad_input(grad_RI, gate, grad_input=grad_gate)
-    return ActivationGradients(out, grad_weight_R, scaled_RI)
+    return ActivationGradients(out, inner_R, act_RI.mul_(up) if keep else None)
 
 
-def _activate_backward_any(h_R2I, grad_RI, weight_R, shape, weight_live, keep):
-    """`activate_backward` of any activation, by autograd."""
-    scale_R1 = weight_R.to(h_R2I.dtype).unsqueeze(1)
-    with torch.enable_grad():
-        h = h_R2I.detach().requires_grad_()
-        act_RI = activate(h, shape)
-        (grad_h,) = torch.autograd.grad(act_RI, h, grad_RI * scale_R1)
-    act_RI = act_RI.detach()
-    grad_weight_R = (grad_RI * act_RI).sum(-1, dtype=weight_R.dtype) if weight_live else None
-    return ActivationGradients(grad_h, grad_weight_R, act_RI * scale_R1 if keep else None)
+def _inner(a_RI: Tensor, b_RI: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """(R,) sums of products; products of bf16 are rounded, their sum is not."""
+    return None if dtype is None else (a_RI * b_RI).sum(-1, dtype=dtype)
 
 
 class _BankFunction(torch.autograd.Function):
@@ -138,7 +129,6 @@ class _BankFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_TS, gate_up, down, gate_up_bias, down_bias, plan, shape, token_U):
         weight_R = weight_TS.reshape(-1).index_select(0, plan.row_slot)
-        scale_R1 = weight_R.to(x_TD.dtype).unsqueeze(1)
         parts = _parts(plan, x_TD, shape)
         h_R2I, out_RD = _buffers(parts, x_TD, 2 * shape.intermediate_dim, shape.hidden_dim)
         for part in parts:
@@ -146,21 +136,20 @@ class _BankFunction(torch.autograd.Function):
             x_rD = x_TD.index_select(0, plan.row_token[rows])
             h_r2I = grouped_linear(x_rD, gate_up, part, _rows(h_R2I, rows))
             if gate_up_bias is not None:
-                h_r2I += gate_up_bias[part.experts].repeat_interleave(part.counts, dim=0)
-            act_rI = _scaled(h_r2I, scale_R1[rows], shape)
+                h_r2I += part.spread(gate_up_bias)
+            act_rI = _activated(h_r2I, shape)
             out_rD = grouped_linear(act_rI, down, part, _rows(out_RD, rows))
             if down_bias is not None:
-                bias_rD = down_bias[part.experts].repeat_interleave(part.counts, dim=0)
-                out_rD += bias_rD * scale_R1[rows]
+                out_rD += part.spread(down_bias)
             if len(parts) == 1:
                 h_R2I, out_RD = h_r2I, out_rD
-        ctx.plan, ctx.shape, ctx.weight_shape = plan, shape, weight_TS.shape
+        ctx.plan, ctx.shape, ctx.token_U = plan, shape, token_U
+        ctx.weight_shape = weight_TS.shape
         trains = gate_up.requires_grad
         ctx.save_for_backward(
             x_TD if trains else None, h_R2I, weight_R, gate_up, down, gate_up_bias, down_bias
         )
-        ctx.token_U = token_U
-        return sum_by_token(out_RD, plan.bags.of(token_U))
+        return sum_by_token(out_RD, plan.bags.of(token_U), weight_R)
 
     @staticmethod
     def backward(ctx, grad_UD):
@@ -175,45 +164,43 @@ class _BankFunction(torch.autograd.Function):
             grad_bank = [None if t is None else torch.empty_like(t) for t in tensors]
         (grad_x_RD,) = _buffers(parts, grad_UD, shape.hidden_dim)
         grad_weight_R = torch.empty_like(weight_R)
+        inner = weight_R.dtype if weight_live else None
         for part in parts:
             rows = part.rows
-            grad_rD = grad_UD.index_select(0, row_place[rows])
+            grad_rD = grad_UD.index_select(0, row_place[rows])  # of the rows before their weights
             grad_rI = grouped_linear_backward_input(grad_rD, down, part, None)
-            grads = activate_backward(
-                h_R2I[rows], grad_rI, weight_R[rows], shape, weight_live, keep=bank_live
-            )
+            grads = activate_backward(h_R2I[rows], grad_rI, shape, inner, keep=bank_live)
             if weight_live:
-                grad_weight_R[rows] = grads.weight_R
+                grad_weight_R[rows] = grads.inner_R
                 if down_bias is not None:
-                    bias_rD = down_bias[part.experts].repeat_interleave(part.counts, dim=0)
-                    grad_weight_R[rows] += (grad_rD * bias_rD).sum(-1, dtype=weight_R.dtype)
-            if bank_live:
-                x_rD = x_TD.index_select(0, plan.row_token[rows])
-                scale_r1 = weight_R[rows].to(grad_rD.dtype).unsqueeze(1)
-                _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part)
+                    grad_weight_R[rows] += _inner(grad_rD, part.spread(down_bias), inner)
             if x_live:
                 into = _rows(grad_x_RD, rows)
                 grad_x_rD = grouped_linear_backward_input(grads.h_R2I, gate_up, part, into)
                 grad_x_RD = grad_x_rD if len(parts) == 1 else grad_x_RD
+            if bank_live:
+                scale_r1 = weight_R[rows].to(grad_rD.dtype).unsqueeze(1)
+                x_rD = x_TD.index_select(0, plan.row_token[rows])
+                _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part)
         grad_weight_TS = None
         if weight_live:
             flat = grad_weight_R.new_zeros(ctx.weight_shape.numel())
             flat.index_copy_(0, plan.row_slot, grad_weight_R)
             grad_weight_TS = flat.view(ctx.weight_shape)
-        grad_x_TD = sum_by_token(grad_x_RD, plan.bags) if x_live else None
+        grad_x_TD = sum_by_token(grad_x_RD, plan.bags, weight_R) if x_live else None
         return grad_x_TD, grad_weight_TS, *grad_bank, None, None, None
 
 
 def _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part: Part) -> None:
-    """Writes the part's weight and bias gradients."""
+    """Writes the part's weight and bias gradients; overwrites `x_rD` and `grad_rD`."""
     gate_up, down, gate_up_bias, down_bias = grad_bank
     grad_bank[:2] = (
-        grouped_linear_backward_weight(grads.h_R2I, x_rD, part, gate_up),
-        grouped_linear_backward_weight(grad_rD, grads.scaled_RI, part, down),
+        grouped_linear_backward_weight(grads.h_R2I, x_rD.mul_(scale_r1), part, gate_up),
+        grouped_linear_backward_weight(grad_rD.mul_(scale_r1), grads.act_RI, part, down),
     )
     if gate_up_bias is not None:
-        sum_by_expert(grads.h_R2I, part, gate_up_bias)
-        sum_by_expert(grad_rD * scale_r1, part, down_bias)
+        sum_by_expert(grads.h_R2I * scale_r1, part, gate_up_bias)
+        sum_by_expert(grad_rD, part, down_bias)
 
 
 def _parts(plan: RowPlan, like: Tensor, shape: ExpertShape) -> list[Part]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CACHED_BYTES = 1 << 20
+CACHED_BYTES = 4 << 20
 """On a CPU rows are worked on in parts of about this size, which its caches hold."""
 
 
@@ -39,6 +39,10 @@ class Part:
     """(experts,) int64: rows of every expert."""
     count_list: list[int] | None
     """The same on the host; None where the device multiplies groups by itself."""
+
+    def spread(self, vector_EO: Tensor) -> Tensor:
+        """(rows, O): for every row the vector of its expert; `vector_EO` has the whole bank's."""
+        return vector_EO[self.experts].repeat_interleave(self.counts, dim=0)
 
 
 @dataclass
@@ -106,15 +110,17 @@ def plan_rows(local_TS: Tensor, num_experts: int) -> RowPlan:
     )
 
 
-def sum_by_token(rows_RD: Tensor, bags: Bags) -> Tensor:
-    """(T, D): the sum of every token's rows, slot by slot; a gather, so it repeats bit by bit.
+def sum_by_token(rows_RD: Tensor, bags: Bags, weight_R: Tensor | None = None) -> Tensor:
+    """(T, D): the (weighted) sum of every token's rows, slot by slot; a gather, so it repeats.
 
     bf16 rows are added in fp32 and rounded once. A token without rows gets zeros.
     """
     if bags.row.numel() == 0:  # zeros that stay in the graph
         zeros = rows_RD.new_zeros(bags.start.numel(), rows_RD.shape[1])
         return zeros.index_add(0, bags.row, rows_RD)
-    return F.embedding_bag(bags.row, rows_RD, bags.start, mode="sum")
+    if weight_R is not None:
+        weight_R = weight_R.to(rows_RD.dtype).index_select(0, bags.row)
+    return F.embedding_bag(bags.row, rows_RD, bags.start, mode="sum", per_sample_weights=weight_R)
 
 
 def multiplies_groups(like: Tensor, num_rows: int, *widths: int) -> bool:
