@@ -24,6 +24,7 @@ from moe_ext.benchmarks.report import (
     environment,
     layer_table,
     ratios,
+    targets_table,
     write_json,
 )
 from moe_ext.benchmarks.workload import LOADS, SHAPES, Work, make_work
@@ -150,4 +151,6 @@ def main(arguments: Sequence[str]) -> int:
                 print(layer_table([case], header=len(cases) == 1), flush=True)
                 if chosen.json:  # after every case: a long run that is stopped keeps what it has
                     write_json(chosen.json, "layer", settings, cases)
+    medians = {k: v["median"] for case in cases for k, v in case["ratios"].items()}
+    print(f"\n{targets_table(medians)}")
     return 0

@@ -26,6 +26,22 @@ COLUMNS = (
 )
 """Peers of the layer benchmark in the order of the table."""
 
+TARGETS: tuple[tuple[str, str, str, float], ...] = (
+    ("moextend_mask", "8x2", "", 1.0),
+    ("moextend_mask", "32x4", "", 2.0),
+    ("moextend_mask", "128x8", "", 6.0),
+    ("moextend_one_hot", "8x2", "", 1.0),
+    ("moextend_one_hot", "32x4", "", 1.2),
+    ("moextend_one_hot", "128x8", "", 1.4),
+    ("deepspeed_moe", "128x8", "balanced", 1.8),
+    ("deepspeed_moe", "128x8", "skew8", 8.0),
+    ("grouped_mm", "", "", 1.3),
+    ("autoep", "", "", 1.3),
+    ("masking", "", "", 1.25),
+    ("flop_ceiling", "", "", 0.9),
+)
+"""(peer, shape, load, least ratio) that we hold ourselves to; an empty word is every one."""
+
 
 @dataclass
 class Samples:
@@ -117,6 +133,23 @@ def layer_table(cases: Sequence[dict[str, Any]], header: bool = True) -> str:
                 text = f"{found['median']:.2f} ({found['q1']:.2f}-{found['q3']:.2f})"
                 line += f"{text:>18}"
         lines.append(line)
+    return "\n".join(lines)
+
+
+def targets_table(medians: dict[str, float]) -> str:
+    """One line a target: the least and the greatest of the ratios it covers, and whether it holds."""
+    lines = [f"{'target':<36}{'least':>7}{'measured':>16}"]
+    for peer, shape, load, least in TARGETS:
+        covered = []
+        for key, value in medians.items():
+            its_peer, its_shape, its_load, _ = key.split("/")
+            if its_peer == peer and shape in ("", its_shape) and load in ("", its_load):
+                covered.append(value)
+        if covered:
+            text = f"{min(covered):.2f} .. {max(covered):.2f}"
+            held = sum(value >= least for value in covered)
+            name = " ".join(word for word in (peer, shape, load) if word)
+            lines.append(f"{name:<36}{least:>7}{text:>16}  in {held} of {len(covered)} cases")
     return "\n".join(lines)
 
 

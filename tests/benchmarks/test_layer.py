@@ -22,6 +22,20 @@ def test_ratios_are_medians_of_paired_repetitions():
     assert ceiling == pytest.approx(1.4 / (6 / 4.2))
 
 
+def test_targets_say_how_many_cases_hold():
+    medians = {
+        "masking/8x2/balanced/fp32": 1.2,
+        "masking/32x4/skew2/bf16": 1.5,
+        "deepspeed_moe/128x8/skew8/fp32": 9.0,
+        "deepspeed_moe/128x8/balanced/fp32": 1.0,
+    }
+    lines = {line[:36].strip(): line for line in report.targets_table(medians).splitlines()}
+    assert "1.20 .. 1.50  in 1 of 2 cases" in lines["masking"]
+    assert "in 1 of 1 cases" in lines["deepspeed_moe 128x8 skew8"]
+    assert "in 0 of 1 cases" in lines["deepspeed_moe 128x8 balanced"]
+    assert "eager" not in lines
+
+
 def test_command_writes_every_ratio_and_sample(tmp_path, capsys):
     path = tmp_path / "layer.json"
     words = [
