@@ -35,6 +35,7 @@ def choose_at_random(router: Qwen2MoeTopKRouter, inputs, output):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_specialised_base_keeps_the_loss_and_needs_its_router(tmp_path):
     dense = builtin_dense("smollm2", tmp_path)
     path = prepare_base(BaseConfig(dense="builtin:smollm2"), tmp_path)
