@@ -211,6 +211,8 @@ class StageConfig:
     """Weight of the balance loss E * sum(f * P), 1.0 when even. MoExtend's 0.001 counts f summing
     to top_k and multiplies by 9: here top_k * 9 / E times that."""
     z_coefficient: float = 0.0
+    router_kl_coefficient: float = 0.0
+    """Weight of KL(base's routing || extended routing) of tokens that may choose new experts."""
     checkpoint_every: int = 25
     """Steps between two published checkpoints inside the stage; 0: only at its end."""
     statistics_samples: int = 256

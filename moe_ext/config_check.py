@@ -128,6 +128,7 @@ def _check_extension(config: TrainConfig) -> None:
     _share("extension.layer_share", extension.layer_share)
     _share("extension.drop_ratio", extension.drop_ratio)
     _share("extension.affected_share", extension.affected_share)
+    at_least("extension.loss_free_rate", extension.loss_free_rate, 0.0)
     if len(set(extension.layers)) != len(extension.layers) or any(i < 0 for i in extension.layers):
         raise ValueError(
             f"extension.layers={extension.layers} must be different decoder layers, counted from 0"
@@ -250,6 +251,7 @@ def _check_stage(name: str, stage: StageConfig, config: TrainConfig) -> None:
     at_least(f"{key}.max_bad_steps", stage.max_bad_steps, 0)
     at_least(f"{key}.balance_coefficient", stage.balance_coefficient, 0.0)
     at_least(f"{key}.z_coefficient", stage.z_coefficient, 0.0)
+    at_least(f"{key}.router_kl_coefficient", stage.router_kl_coefficient, 0.0)
     _share(f"{key}.warmup_share", stage.warmup_share)
     _share(f"{key}.final_learning_rate_share", stage.final_learning_rate_share)
     if not stage.learning_rate > 0:

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from moe_ext.config import StageConfig
 from moe_ext.data import Loader
-from moe_ext.model.losses import balance_loss, selection_counts, z_loss
+from moe_ext.model.losses import balance_loss, router_kl, selection_counts, z_loss
 from moe_ext.model.multimodal import Output
 from moe_ext.training.engine import Engine
 from moe_ext.training.signals import StopFlag
 from moe_ext.training.tracking import Tracker
+
+LOSSES = ("nll", "balance", "z", "router_kl")
+"""Names of the parts of the loss, in the order of the loop."""
 
 
 class TooManyBadSteps(RuntimeError):
@@ -64,6 +67,7 @@ def train(
     *,
     num_frozen: dict[int, int],
     audit: Callable[[], None] = lambda: None,
+    balance_choice: Callable[[dict[int, Tensor]], None] | None = None,
     log_every: int = 1,
     global_step: int = 0,
 ) -> bool:
@@ -75,13 +79,14 @@ def train(
         save: publishes a checkpoint; called every `stage.checkpoint_every` steps and when stopping.
         num_frozen: layer -> its frozen experts; ids from there on are new ones.
         audit: called once, after the third step of this start.
+        balance_choice: called after every step with layer -> how often each expert was chosen.
         global_step: steps of the stages before, so that W&B's steps never run backwards.
 
     Raises:
         TooManyBadSteps: more than `stage.max_bad_steps` in a row.
     """
     device = engine.topology.device
-    with_losses = stage.balance_coefficient > 0 or stage.z_coefficient > 0
+    with_losses = balance_choice is not None or any(_coefficients(stage))
     batches = iter(loader)
     audit_at = min(position.step + 3, stage.steps)
     with tracker.progress(name, stage.steps, position.step) as show:
@@ -102,22 +107,24 @@ def train(
             num_targets, num_tokens, stop_votes, wait_sum_s = _sum_over_ranks(counts, device)
 
             # Shares of the loss: over ranks and micro-batches they sum to the step's loss.
-            shown = torch.zeros(3, dtype=torch.float64, device=device)
+            choices: dict[int, Tensor] = {}
+            shown = torch.zeros(4, dtype=torch.float64, device=device)
             logs = (position.step + 1) % log_every == 0 or position.step + 1 == stage.steps
             selections: dict[int, Tensor] = {}
             for batch in micro_batches:
                 output: Output = engine(batch, None, with_losses)
                 nll = output.nll_sum / max(num_targets, 1.0)
-                balance, z = _router_losses(output, with_losses, stage.accumulation)
-                loss = nll + stage.balance_coefficient * balance + stage.z_coefficient * z
-                engine.backward(loss)
-                shown += torch.stack([nll.detach(), balance.detach(), z.detach()])
+                routing = _router_losses(output, with_losses, stage.accumulation, choices)
+                engine.backward(_total(nll, routing, _coefficients(stage)))
+                shown += torch.stack([part.detach() for part in (nll, *routing)])
                 if logs:
                     _add_selections(selections, output)
 
             part_norms = engine.part_norms() if logs else {}
             learning_rate = learning_rate_at(position.step, stage)
             taken, norm = engine.step(learning_rate)
+            if taken and balance_choice is not None:
+                balance_choice(choices)
 
             position.step += 1
             position.tokens += int(num_tokens)
@@ -137,7 +144,7 @@ def train(
                 dist.all_reduce(shown)
                 experts = _expert_metrics(selections, num_frozen)
                 took_s = time.perf_counter() - began
-                losses = dict(zip(("nll", "balance", "z"), shown.tolist(), strict=True))
+                losses = dict(zip(LOSSES, shown.tolist(), strict=True))
                 record: dict[str, Any] = {
                     "stage": name,
                     "step": position.step,
@@ -175,26 +182,46 @@ def _sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
-def _router_losses(output: Output, wanted: bool, accumulation: int) -> tuple[Tensor, Tensor]:
-    """This rank's share of balance loss and z-loss, means over layers and micro-batches.
+def _coefficients(stage: StageConfig) -> tuple[float, float, float]:
+    """Weights of the parts of the loss after the first, in the order of LOSSES."""
+    return stage.balance_coefficient, stage.z_coefficient, stage.router_kl_coefficient
 
-    Every layer is normalised by its own number of experts. One reduction of all layers' counts.
+
+def _total(nll: Tensor, routing: tuple[Tensor, ...], coefficients: tuple[float, ...]) -> Tensor:
+    """The weighted sum, added up from left to right."""
+    for coefficient, part in zip(coefficients, routing, strict=True):
+        nll = nll + coefficient * part
+    return nll
+
+
+def _router_losses(
+    output: Output, wanted: bool, accumulation: int, choices: dict[int, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's share of balance loss, z-loss and router KL, means over layers and micro-batches.
+
+    Every layer is normalised by its own number of experts, the KL is a mean over the layers with new
+    experts. One reduction of all layers' counts, which are added to `choices` by layer.
     """
     zero = output.nll_sum.detach().new_zeros(())
     if not wanted:
-        return zero, zero
-    records = list(output.context.records.values())
-    counts = [selection_counts(record) for record in records]
+        return zero, zero, zero
+    records = output.context.records
+    counts = [selection_counts(record) for record in records.values()]
     together = torch.cat(counts)
     dist.all_reduce(together)
-    balance, z = zero, zero
-    for record, counted in zip(records, together.split([len(c) for c in counts]), strict=True):
+    balance, z, kl = zero, zero, []
+    lengths = [len(count) for count in counts]
+    for (layer, record), counted in zip(records.items(), together.split(lengths), strict=True):
         assert record.prob_sum_X is not None
         assert record.z_sum is not None
         balance = balance + balance_loss(record.prob_sum_X, counted)
         z = z + z_loss(record.z_sum, counted[-1])
+        if (divergence := router_kl(record, counted[-1])) is not None:
+            kl.append(divergence)
+        choices[layer] = choices.get(layer, 0) + counted[:-1]
     share = 1.0 / (len(records) * accumulation)
-    return balance * share, z * share
+    mean_kl = torch.stack(kl).mean() / accumulation if kl else zero
+    return balance * share, z * share, mean_kl
 
 
 def _add_selections(selections: dict[int, Tensor], output: Output) -> None:

@@ -88,12 +88,18 @@ def parts_of(model: MultimodalMoE) -> list[Part]:
 
 
 def statics_of(model: MultimodalMoE) -> dict[str, Tensor]:
-    """Tensors of the extension that nothing trains: a connector's standardisation."""
-    return {
+    """Tensors of the extension that no optimizer has: a connector's standardisation, and the
+    corrections that loss-free balancing moves."""
+    statics = {
         f"connectors.{modality}.{name}": buffer
         for modality, connector in model.connectors.items()
         for name, buffer in connector.named_buffers()
     }
+    for index, layer in extended_layers(model.lm).items():
+        for extension, rows in layer.router.rows.items():
+            if rows.learns_correction:
+                statics[f"layers.{index}.{extension}.rows.correction"] = rows.correction
+    return statics
 
 
 def choose(model: MultimodalMoE, train: list[Trainable]) -> list[Part]:
@@ -122,6 +128,7 @@ class FrozenWatch:
 
     def __init__(self, model: MultimodalMoE, chosen: list[Part]):
         trained = {id(part.parameter) for part in chosen}
+        trained |= {id(tensor) for name, tensor in statics_of(model).items() if "rows" in name}
         named = [*model.named_parameters(), *model.named_buffers()]
         for modality, encoder in model.encoders.items():
             named += [(f"encoders.{modality}.{n}", t) for n, t in encoder.named_parameters()]

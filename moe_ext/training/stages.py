@@ -284,10 +284,26 @@ def train_stage(
         run.stop,
         num_frozen={i: layer.num_frozen for i, layer in extended_layers(model.lm).items()},
         audit=lambda: audit(run, name, engine, chosen),
+        balance_choice=choice_balancer(model, config.extension.loss_free_rate),
         log_every=config.tracking.log_every,
         global_step=sum(config.stages[n].steps for n in config.chain[:index]),
     )
     return finished, position
+
+
+def choice_balancer(
+    model: MultimodalMoE, rate: float
+) -> Callable[[dict[int, torch.Tensor]], None] | None:
+    """What moves the new experts' choice after every step; None where nothing is to be moved."""
+    layers = extended_layers(model.lm)
+    if rate <= 0 or not any(layer.num_new for layer in layers.values()):
+        return None
+
+    def balance(choices: dict[int, torch.Tensor]) -> None:
+        for index, count_X in choices.items():
+            layers[index].router.balance_corrections(count_X, rate)
+
+    return balance
 
 
 def audit(run: Run, name: str, engine: Engine, chosen: list[Part]) -> None:

@@ -216,7 +216,7 @@ def test_what_a_run_leaves(runs):
     assert status["state"] == "finished"
     assert not list(Path(folder / "straight" / "stages").rglob("*.partial"))
     record = _steps(folder, "straight", "tune")[-1]
-    assert set(record["loss"]) == {"nll", "balance", "z"}
+    assert set(record["loss"]) == {"nll", "balance", "z", "router_kl"}
     assert set(record["grad_norm_by_part"]) == {
         "connector",
         "new_experts",

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,18 +134,21 @@ def _output(rank):
     record.counted_T = counted
     record.prob_sum_X = logits.softmax(-1)[counted].sum(0)
     record.z_sum = logits[counted].logsumexp(-1).square().sum()
+    record.kl_sum = logits[counted].sum()
     context = RoutingContext(modality.unsqueeze(0), torch.ones_like(modality).unsqueeze(0))
-    context.records = {3: record, 5: record}
+    base_only = replace(record, kl_sum=None)  # a layer without new experts
+    context.records = {3: record, 5: base_only}
     return Output(torch.zeros(1, requires_grad=True), torch.zeros(1, dtype=torch.int64), context)
 
 
 def _shares():
     output = _output(dist.get_rank())
-    balance, z = loop._router_losses(output, True, 2)
+    choices = {3: torch.tensor([1, 0, 0, 0])}
+    balance, z, kl = loop._router_losses(output, True, 2, choices)
     selections = {}
     loop._add_selections(selections, output)
     metrics = loop._expert_metrics(selections, {3: 3, 5: 4})
-    return balance.item(), z.item(), metrics
+    return balance.item(), z.item(), metrics, kl.item(), choices
 
 
 def test_router_losses_of_two_ranks_add_up_to_the_whole():
@@ -158,6 +162,12 @@ def test_router_losses_of_two_ranks_add_up_to_the_whole():
     # two layers with the same record and one of two micro-batches: half of each
     assert sum(s[0] for s in shares) == pytest.approx(balance.item() / 2, rel=1e-5)
     assert sum(s[1] for s in shares) == pytest.approx(z.item() / 2, rel=1e-5)
+    kl = logits[counted].sum() / counted.sum() / 2  # of one layer: the other has no new experts
+    assert sum(s[3] for s in shares) == pytest.approx(kl.item(), rel=1e-5)
+    chosen_of_all = torch.bincount(chosen[counted].flatten(), minlength=4)
+    for *_, choices in shares:
+        assert torch.equal(choices[3], chosen_of_all + torch.tensor([1, 0, 0, 0]))
+        assert torch.equal(choices[5], chosen_of_all)
     metrics = shares[0][2]
     assert metrics == shares[1][2]
     load = torch.bincount(chosen.flatten(), minlength=4).double()
