@@ -174,6 +174,8 @@ class ExtensionConfig:
     """New experts a chosen layer."""
     layers: list[int] = field(default_factory=list)
     """Decoder layers to extend; empty: the probe chooses."""
+    source_expert: int = -1
+    """The frozen expert that new ones start from in every layer; -1: the layer's most selected."""
     layer_share: float = 0.5
     """Share of the sparse layers that the probe chooses (MoExtend: 0.5)."""
     scope: Scope = Scope.preserve

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from moe_ext.config import (
     EncoderConfig,
+    ExpertInit,
     ExpertType,
     Placement,
+    RowInit,
     StageConfig,
     StageKind,
     Trainable,
@@ -129,6 +131,20 @@ def _check_extension(config: TrainConfig) -> None:
     _share("extension.drop_ratio", extension.drop_ratio)
     _share("extension.affected_share", extension.affected_share)
     at_least("extension.loss_free_rate", extension.loss_free_rate, 0.0)
+    at_least("extension.source_expert", extension.source_expert, -1)
+    lora = extension.expert_type is ExpertType.lora
+    if lora and extension.expert_init is not ExpertInit.copy:
+        raise ValueError(
+            f"extension.expert_init={extension.expert_init.value} has no meaning with "
+            "extension.expert_type=lora, which starts as its source; use copy"
+        )
+    shared = extension.row_init is RowInit.clone_shared
+    if shared and extension.num_new_experts > 1 and extension.source_expert >= 0:
+        raise ValueError(
+            "extension.row_init=clone_shared gives a source one clone, but extension.source_expert="
+            f"{extension.source_expert} names one for extension.num_new_experts={extension.num_new_experts}; "
+            "use source_expert=-1 or row_init=clone"
+        )
     if len(set(extension.layers)) != len(extension.layers) or any(i < 0 for i in extension.layers):
         raise ValueError(
             f"extension.layers={extension.layers} must be different decoder layers, counted from 0"

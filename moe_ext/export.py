@@ -98,8 +98,8 @@ def save_extension(
     The folder appears whole or not at all.
 
     Args:
-        state: `extension_state` gathered over the expert-parallel group; not needed when this
-            process holds every new expert.
+        state: tensors in the place of the model's, for one the experts that other ranks hold; not
+            needed when this process holds every new expert.
         notes: kept in the manifest as they are (the configuration, metrics): plain JSON.
 
     Raises:
@@ -108,7 +108,7 @@ def save_extension(
     """
     folder = Path(folder)
     refuse_existing(folder)
-    tensors = dict(extension_state(lm) if state is None else state)
+    tensors = extension_state(lm) | dict(state or {})
     missing = sorted(extension_keys(lm) - tensors.keys())
     if missing:
         raise ValueError(

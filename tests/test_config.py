@@ -66,6 +66,16 @@ def test_values_arrive_typed():
         (["base=folder"], "give exactly one"),
         (["base.top_k=5"], "base.top_k=5"),
         (["parallel.zero_stage=3"], "zero_stage=3 is refused"),
+        (["extension.expert_type=lora", "extension.expert_init=random"], "starts as its source"),
+        (["extension.source_expert=-2"], "extension.source_expert"),
+        (
+            [
+                "extension.row_init=clone_shared",
+                "extension.num_new_experts=2",
+                "extension.source_expert=1",
+            ],
+            "gives a source one clone",
+        ),
         (["parallel.zero_stage=0"], "zero_stage=0 with optim.clip_norm=1.0 is refused"),
         (["chain=[align,tune]"], "no stage of kind extend before tune"),
         (["chain=[align,extend,tune]"], "without a probe before it"),

@@ -59,6 +59,7 @@ def make_manifest(
     affected_share: float,
     row_init: RowInit = RowInit.clone,
     layers: list[int] | None = None,
+    source_expert: int = -1,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """The manifest, equal on all ranks. A collective of one small reduction.
@@ -66,9 +67,10 @@ def make_manifest(
     Args:
         layers: layers to extend in place of the probe's own choice.
         num_new: new experts a chosen layer; their sources are the experts most selected after.
+        source_expert: the source of all new experts instead, where it is not -1.
 
     Raises:
-        ValueError: more new experts than there are experts to clone, or an unknown layer.
+        ValueError: more new experts than there are experts to clone, an unknown layer or source.
     """
     known = before.selections.layers
     if wrong := set(layers or []) - set(known):
@@ -79,6 +81,11 @@ def make_manifest(
         raise ValueError(
             f"extension.num_new_experts={num_new} exceeds the {fewest} experts a layer has to clone; "
             "choose fewer"
+        )
+    if source_expert >= fewest:
+        raise ValueError(
+            f"extension.source_expert={source_expert} is no expert of every layer: the smallest has {fewest}, "
+            "numbered from 0; use -1 for each layer's most selected one"
         )
     shift = selection_shift(before.selections, after.selections)
     chosen = sorted(layers) if layers else choose_layers(known, shift, layer_share)
@@ -98,6 +105,8 @@ def make_manifest(
             }
         )
     sources = {layer: rank_after[known.index(layer)][:num_new] for layer in chosen}
+    if source_expert >= 0:
+        sources = {layer: [source_expert] * num_new for layer in chosen}
     return {
         "format": FORMAT,
         "extension": extension,

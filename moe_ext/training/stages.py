@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from moe_ext.analysis.gaps import Measured, measure
 from moe_ext.analysis.probe import load_plans, make_manifest, save_manifest
 from moe_ext.analysis.reduce import Ranks as AnalysisRanks
 from moe_ext.batch import Batch
-from moe_ext.config import StageConfig, StageKind, Trainable, TrainConfig
+from moe_ext.config import RowInit, StageConfig, StageKind, Trainable, TrainConfig
 from moe_ext.data import merge_states
 from moe_ext.data.configured import open_loader
 from moe_ext.model.extend import (
@@ -52,6 +53,8 @@ from moe_ext.training.topology import Topology
 from moe_ext.training.tracking import Tracker
 
 PROBE_FILE = "probe.json"
+PROBE_INPUTS = "probe_inputs.safetensors"
+"""Mean router input of the new modality's tokens by layer (`extension.row_init=domain`)."""
 
 
 @dataclass
@@ -379,9 +382,12 @@ def write_probe(run: Run, before: Measured, after: Measured, samples: int) -> No
         affected_share=extension.affected_share,
         row_init=extension.row_init,
         layers=extension.layers or None,
+        source_expert=extension.source_expert,
         ranks=run.ranks,
     )
     if run.topology.rank == 0:
+        inputs = {str(layer): mean for layer, mean in before.mean_input.items()}
+        save_file(inputs, run.folder / PROBE_INPUTS)
         save_manifest(manifest, run.folder / PROBE_FILE)
     dist.barrier()
     chosen = [row["layer"] for row in manifest["layers"] if row["chosen"]]
@@ -399,6 +405,10 @@ def extend(run: Run, model: MultimodalMoE) -> None:
         measured = measure_probe(run, settings, model, modality=1)
         write_probe(run, measured, measured, settings.statistics_samples)
     plans = load_plans(path, base_sha256(run.prepared.base_path))
+    rows = None
+    if config.extension.row_init is RowInit.domain:
+        inputs = load_file(run.folder / PROBE_INPUTS)
+        rows = {int(layer): mean for layer, mean in inputs.items()}
     add_extension(
         model.lm,
         str(run.prepared.base_path),
@@ -406,6 +416,7 @@ def extend(run: Run, model: MultimodalMoE) -> None:
         plans,
         config.extension,
         modalities=tuple(model.modality_of.values()),
+        modality_rows=rows,
         seed=config.seed,
     )
 

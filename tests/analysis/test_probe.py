@@ -234,6 +234,11 @@ def test_impossible_requests_are_named(base, items):
     counts = measured.selections.count_LGX[2, selections.IMAGE, :6]
     assert sorted(counts[plan["sources"]].tolist()) == sorted(counts.tolist())[-2:]
     assert plan["step0"]["affected_share"] <= 0.25
+    named = {"num_new": 2, "layers": [3], "source_expert": 5}
+    (plan,) = probe.make_manifest(measured, measured, **named, **common)["plans"]
+    assert plan["sources"] == [5, 5]
+    with pytest.raises(ValueError, match="extension.source_expert=6.*numbered from 0"):
+        probe.make_manifest(measured, measured, num_new=1, source_expert=6, **common)
 
 
 def probe_manifest(base, items, rank: int = 0, size: int = 1, together: int = 3):

@@ -57,7 +57,7 @@ def _runs(folder):
     codes["straight"] = _run(folder, "straight", "parallel.ep_size=2")
     codes["again"] = _run(folder, "straight", "parallel.ep_size=2")
     codes["dp"] = _run(folder, "dp", "parallel.zero_stage=2")
-    three = ["extension.num_new_experts=3", "parallel.ep_size=2"]
+    three = ["extension.num_new_experts=3", "extension.row_init=domain", "parallel.ep_size=2"]
     codes["replicated"] = _run(folder, "replicated", *three)
     codes["sharded"] = _run(folder, "sharded", *three, "extension.placement=shard")
 
