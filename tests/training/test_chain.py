@@ -57,7 +57,13 @@ def _runs(folder):
     codes["straight"] = _run(folder, "straight", "parallel.ep_size=2")
     codes["again"] = _run(folder, "straight", "parallel.ep_size=2")
     codes["dp"] = _run(folder, "dp", "parallel.zero_stage=2")
-    three = ["extension.num_new_experts=3", "extension.row_init=domain", "parallel.ep_size=2"]
+    three = [
+        "parallel.ep_size=2",
+        "extension.num_new_experts=3",
+        "extension.row_init=domain",
+        "extension.loss_free_rate=0.01",
+        "stages.tune.router_kl_coefficient=0.01",
+    ]
     codes["replicated"] = _run(folder, "replicated", *three)
     codes["sharded"] = _run(folder, "sharded", *three, "extension.placement=shard")
 

@@ -70,8 +70,6 @@ def overrides(folder: Path, run: str, *more: str) -> list[str]:
         "stages.tune.accumulation=2",
         "stages.tune.checkpoint_every=2",
         "stages.tune.balance_coefficient=0.01",
-        "stages.tune.router_kl_coefficient=0.01",
-        "extension.loss_free_rate=0.01",
         "evaluation.candidates=4",
         "evaluation.captions=2",
         "evaluation.text_tokens=256",
