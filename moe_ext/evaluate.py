@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from moe_ext.training import topology as topologies
     from moe_ext.training.build import prepare
     from moe_ext.training.conclusion import evaluate_run, last_model
-    from moe_ext.training.stages import Run
+    from moe_ext.training.run import Run
     from moe_ext.training.tracking import Tracker
 
     topology = topologies.start(

@@ -79,7 +79,8 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
     from moe_ext.training import topology as topologies
     from moe_ext.training.build import prepare
     from moe_ext.training.conclusion import measure_step0, measure_text_before
-    from moe_ext.training.stages import Run, run_chain, to_plain
+    from moe_ext.training.run import Run, to_plain
+    from moe_ext.training.stages import run_chain
     from moe_ext.training.tracking import Tracker
 
     plain = to_plain(asdict(config))

@@ -19,7 +19,8 @@ from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.training.build import heldout_manifest
 from moe_ext.training.checkpoint import Published
 from moe_ext.training.closed_form import FEATURES_FILE
-from moe_ext.training.stages import Run, peak_memory, stage_model
+from moe_ext.training.run import Run, peak_memory
+from moe_ext.training.stages import stage_model
 
 STEP0_ITEMS = 48
 """Held-out pairs on which the use of experts at step 0 is counted."""

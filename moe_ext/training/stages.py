@@ -11,100 +11,36 @@ checkpoint.
 """
 
 import gc
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
-from moe_ext.analysis.gaps import Measured, measure
-from moe_ext.analysis.probe import load_plans, make_manifest, save_manifest
-from moe_ext.analysis.reduce import Ranks as AnalysisRanks
-from moe_ext.batch import Batch
-from moe_ext.config import RowInit, StageConfig, StageKind, Trainable, TrainConfig
+from moe_ext.analysis.probe import load_plans
+from moe_ext.config import StageConfig, StageKind, Trainable
 from moe_ext.data import merge_states
 from moe_ext.data.configured import open_loader
 from moe_ext.model.extend import (
-    add_extension,
     announce,
     attach_extension,
-    base_sha256,
     extended_layers,
     parameter_counts,
 )
 from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.training import resume
-from moe_ext.training.build import Prepared, build_model
-from moe_ext.training.checkpoint import Published, Snapshot, publish, published
+from moe_ext.training.build import build_model
+from moe_ext.training.checkpoint import Published, Snapshot, published
 from moe_ext.training.closed_form import start_connectors
 from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter
 from moe_ext.training.loop import Position, train
-from moe_ext.training.ownership import Claim
 from moe_ext.training.parts import FrozenWatch, Part, choose, parts_of, statics_of
-from moe_ext.training.signals import StopFlag
-from moe_ext.training.topology import Topology
-from moe_ext.training.tracking import Tracker
-
-PROBE_FILE = "probe.json"
-PROBE_INPUTS = "probe_inputs.safetensors"
-"""Mean router input of the new modality's tokens by layer (`extension.row_init=domain`)."""
-
-
-@dataclass
-class Run:
-    """One start of a run: what the stages share."""
-
-    config: TrainConfig
-    topology: Topology
-    prepared: Prepared
-    tracker: Tracker
-    claim: Claim
-    """This start's right to write into the folder."""
-    stop: StopFlag
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.run_dir)
-
-    @property
-    def ranks(self) -> AnalysisRanks:
-        t = self.topology
-        return AnalysisRanks(t.rank, t.world_size, t.device)
-
-    def stage_folder(self, name: str) -> Path:
-        return self.folder / "stages" / name
-
-    def result(self, name: str) -> Path | None:
-        """The published result of a stage, or None."""
-        found = [p for p in published(self.stage_folder(name)) if p.name == "result"]
-        return found[0] if found else None
-
-    def publish(self, folder: Path, name: str, snapshot: Snapshot, keep: int | None = None) -> Path:
-        t = self.topology
-        return publish(folder, name, snapshot, t.rank, t.world_size, keep, self.claim.check)
-
-    def identity(self, name: str) -> dict[str, Any]:
-        """The settings that decide a stage's result; a published one must have been made with them."""
-        whole = to_plain(asdict(self.config))
-        stage = {k: v for k, v in whole["stages"][name].items() if k != "checkpoint_every"}
-        parts = ("seed", "base", "encoder", "connector", "extension", "data", "optim")
-        return {"stage": stage} | {
-            part: {k: v for k, v in whole[part].items() if k not in FREE}
-            if isinstance(whole[part], dict)
-            else whole[part]
-            for part in parts
-        }
-
-
-FREE = ("num_workers", "bad_sample_budget")
-"""Settings that change nothing about a result."""
+from moe_ext.training.run import Run, check_identity, peak_memory, status
+from moe_ext.training.surgery import PROBE_FILE, extend, measure_probe, write_probe
 
 
 def run_chain(run: Run, at_step0: Callable[[Run, MultimodalMoE], None] | None = None) -> bool:
@@ -338,89 +274,6 @@ def audit(run: Run, name: str, engine: Engine, chosen: list[Part]) -> None:
         run.tracker.event("no_gradient", stage=name, tensors=still)
 
 
-def measure_probe(
-    run: Run, stage: StageConfig, model: MultimodalMoE, modality: int | None = None
-) -> Measured:
-    """Selections over the probe's samples, equally many batches on every rank."""
-    return measure(
-        model, probe_batches(run, stage.statistics_data, stage.statistics_samples),
-        modality=modality, ranks=run.ranks,
-    )  # fmt: skip
-
-
-def probe_batches(run: Run, stream: str, samples: int) -> Iterator[Batch]:
-    """This rank's share of the first `samples` samples of a stream, rounded up to whole batches."""
-    config, topology, together = run.config, run.topology, 8
-    loader = open_loader(
-        run.prepared.data,
-        stream,
-        run.prepared.build,
-        sequences_per_rank=together,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        seed=config.seed,
-        cache_dir=config.cache_dir,
-    )
-    loader.num_workers = 0
-    batches = iter(loader)
-    for _ in range(-(-samples // (together * topology.world_size))):
-        yield next(batches).to(topology.device)
-
-
-def write_probe(run: Run, before: Measured, after: Measured, samples: int) -> None:
-    """Choose layers and sources, and publish the manifest."""
-    extension = run.config.extension
-    manifest = make_manifest(
-        before,
-        after,
-        extension=extension.name,
-        base_sha256=base_sha256(run.prepared.base_path),
-        modality=1,
-        samples=samples,
-        layer_share=extension.layer_share,
-        num_new=extension.num_new_experts,
-        affected_share=extension.affected_share,
-        row_init=extension.row_init,
-        layers=extension.layers or None,
-        source_expert=extension.source_expert,
-        ranks=run.ranks,
-    )
-    if run.topology.rank == 0:
-        inputs = {str(layer): mean for layer, mean in before.mean_input.items()}
-        save_file(inputs, run.folder / PROBE_INPUTS)
-        save_manifest(manifest, run.folder / PROBE_FILE)
-    dist.barrier()
-    chosen = [row["layer"] for row in manifest["layers"] if row["chosen"]]
-    run.tracker.say(f"layers {chosen} are to be extended ({run.folder / PROBE_FILE})")
-
-
-def extend(run: Run, model: MultimodalMoE) -> None:
-    """Add the new experts where the probe's manifest says, or the configuration without a probe."""
-    config = run.config
-    path = run.folder / PROBE_FILE
-    kinds = [config.stages[name].kind for name in config.chain]
-    if StageKind.probe not in kinds:
-        stream = "probe" if config.data.builtin or "probe" in config.data.streams else "train"
-        settings = StageConfig(statistics_data=stream)
-        measured = measure_probe(run, settings, model, modality=1)
-        write_probe(run, measured, measured, settings.statistics_samples)
-    plans = load_plans(path, base_sha256(run.prepared.base_path))
-    rows = None
-    if config.extension.row_init is RowInit.domain:
-        inputs = load_file(run.folder / PROBE_INPUTS)
-        rows = {int(layer): mean for layer, mean in inputs.items()}
-    add_extension(
-        model.lm,
-        str(run.prepared.base_path),
-        config.extension.name,
-        plans,
-        config.extension,
-        modalities=tuple(model.modality_of.values()),
-        modality_rows=rows,
-        seed=config.seed,
-    )
-
-
 def finish(
     run: Run,
     name: str,
@@ -484,54 +337,3 @@ def newest_checkpoint(run: Run, name: str) -> Path | None:
     if run.topology.world_size > 1:
         dist.broadcast_object_list(choice, 0)
     return Path(choice[0]) if choice[0] else None
-
-
-def check_identity(run: Run, name: str, source: Published) -> None:
-    """Refuse to go on from something that other settings made.
-
-    Raises:
-        ValueError: naming the first setting that differs.
-    """
-    theirs, ours = source.state["identity"], run.identity(name)
-    if theirs == ours:
-        return
-    keys = [
-        f"{part}.{key}"
-        for part in ours
-        if isinstance(ours[part], dict)
-        for key in ours[part]
-        if theirs.get(part, {}).get(key) != ours[part][key]
-    ] or [part for part in ours if theirs.get(part) != ours[part]]
-    key = keys[0].replace("stage.", f"stages.{name}.", 1) if keys else "a setting"
-    raise ValueError(
-        f"{source.folder} was made with other settings ({key} differs); use another name or run_dir, "
-        f"restore the setting, or remove {run.folder}"
-    )
-
-
-def to_plain(value: Any) -> Any:
-    """Enums by name, so that a JSON file reads back equal."""
-    if isinstance(value, dict):
-        return {str(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(v) for v in value]
-    return value.name if hasattr(value, "name") and not isinstance(value, str) else value
-
-
-def peak_memory(topology: Topology) -> list[int]:
-    """Bytes, one number a rank: of the GPU, or of the process. A collective."""
-    if topology.device.type == "cuda":
-        own = torch.cuda.max_memory_allocated(topology.device)
-    else:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-    all_: list[Any] = [own] * topology.world_size
-    if topology.world_size > 1:
-        dist.all_gather_object(all_, own)
-    return all_
-
-
-def status(run: Run, state: str, stage: str = "", step: int = 0, error: str = "") -> None:
-    if run.topology.rank == 0:
-        run.claim.write_status(state, stage, step, error)

@@ -12,7 +12,7 @@ from moe_ext.model.extend import LayerPlan, add_extension, extended_layers, exte
 from moe_ext.model.load import load_base
 from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.training.parts import FrozenWatch, choose, parts_of, statics_of
-from moe_ext.training.stages import check_identity
+from moe_ext.training.run import check_identity
 from tests.model.tiny import save_tiny
 
 BANKS = ("new_experts", "new_rows", "calibration")
