@@ -84,11 +84,11 @@ test-slow: install  ## tests of minutes
 
 test-slurm: install  ## jobs on a real Slurm on loopback (root; installs Slurm if missing)
 	tests/infra/require.sh slurmctld:slurm-wlm srun:slurm-client munged:munge
-	$(PYTEST) -m slurm tests
+	$(PYTEST) -m "slurm and not slow" tests
 
 test-hosts: install  ## the deepspeed launcher over two network namespaces (root)
 	tests/infra/require.sh sshd:openssh-server pdsh:pdsh ip:iproute2
-	$(PYTEST) -m hosts tests
+	$(PYTEST) -m "hosts and not slow" tests
 
 test-docker: install  ## build and run the images on a real Docker engine (root)
 	tests/infra/require.sh dockerd:docker.io docker-compose:docker-compose mmdebstrap:mmdebstrap

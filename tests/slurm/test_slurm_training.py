@@ -13,6 +13,7 @@ from tests.infra.slurm_cluster import SlurmCluster, missing_programs, wait_until
 from tests.training.tiny import make_inputs, overrides
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.slurm,
     pytest.mark.timeout(2400),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
