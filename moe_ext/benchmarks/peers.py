@@ -21,6 +21,7 @@ E pretrained experts, N new ones, X = E + N.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class Peer:
     """(B, S, D) -> (B, S, D)."""
     parameters: list[nn.Parameter]
     """All that gets a gradient."""
-    new_gradients: Callable[[], dict[str, Tensor]]
+    new_gradients: Callable[[], dict[str, Any]]
     """After a backward pass: gradients of the new experts' `gate_up` (N, 2I, D), `down` (N, D, I)
     and `rows` (N, D)."""
     after_backward: Callable[[], None] = field(default=lambda: None)
@@ -92,7 +93,7 @@ def ours(weights: LayerWeights) -> Peer:
     layer = ExtendedMoE(0, router, frozen, None, ContextHolder())
     layer.add_bank("new", new, rows)
 
-    def new_gradients() -> dict[str, Tensor]:
+    def new_gradients() -> dict[str, Any]:
         return {"gate_up": new.gate_up.grad, "down": new.down.grad, "rows": rows.weight.grad}
 
     return Peer(layer, _trainable(layer), new_gradients)
@@ -124,7 +125,7 @@ def all_trainable(weights: LayerWeights) -> Peer:
     layer = _AllTrainable(weights)
     new = slice(weights.num_frozen, None)
 
-    def new_gradients() -> dict[str, Tensor]:
+    def new_gradients() -> dict[str, Any]:
         bank = layer.bank
         grads = {"gate_up": bank.gate_up.grad, "down": bank.down.grad, "rows": layer.rows.grad}
         return {name: grad[new] for name, grad in grads.items()}
@@ -160,7 +161,7 @@ class _Expert(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-def _expert_gradients(experts: list[_Expert]) -> dict[str, Tensor]:
+def _expert_gradients(experts: list[Any]) -> dict[str, Tensor]:
     """Gradients in the layout of `LayerWeights`."""
     pairs = [torch.cat([e.w1.weight.grad, e.w3.weight.grad]) for e in experts]
     return {
@@ -190,7 +191,7 @@ class _MoExtend(nn.Module):
         return weight_TK.to(x_TD.dtype), expert_TK
 
 
-class _MoExtendMask(_MoExtend):
+class MoExtendMask(_MoExtend):
     """Repeats every token k times, then runs every expert on a boolean selection."""
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ class _MoExtendOneHot(_MoExtend):
 
 
 def _moextend(layer: _MoExtend, weights: LayerWeights) -> Peer:
-    def new_gradients() -> dict[str, Tensor]:
+    def new_gradients() -> dict[str, Any]:
         experts = list(layer.experts)[weights.num_frozen :]
         return _expert_gradients(experts) | {"rows": layer.gate_vision.grad}  # type: ignore
 
@@ -232,7 +233,7 @@ def _moextend(layer: _MoExtend, weights: LayerWeights) -> Peer:
 
 
 def moextend_mask(weights: LayerWeights) -> Peer:
-    return _moextend(_MoExtendMask(weights), weights)
+    return _moextend(MoExtendMask(weights), weights)
 
 
 def moextend_one_hot(weights: LayerWeights) -> Peer:
@@ -245,7 +246,7 @@ def deepspeed_moe(weights: LayerWeights) -> Peer:
 
     num_experts, dim = weights.rows.shape
     expert = _Expert(weights.gate_up[0], weights.down[0], trains=True)
-    layer = MoE(dim, expert, num_experts, k=weights.top_k, drop_tokens=False, min_capacity=0,
+    layer: Any = MoE(dim, expert, num_experts, k=weights.top_k, drop_tokens=False, min_capacity=0,
                 top2_2nd_expert_sampling=False)  # fmt: skip
     layer.set_deepspeed_parallelism()
     experts = list(layer.deepspeed_moe.experts.deepspeed_experts)
@@ -254,10 +255,10 @@ def deepspeed_moe(weights: LayerWeights) -> Peer:
         for linear, weight in ((expert.w1, gate), (expert.w2, weights.down[e]), (expert.w3, up)):
             linear.weight.data.copy_(weight)
             linear.weight.requires_grad_(e >= weights.num_frozen)
-    gate_rows = layer.deepspeed_moe.gate.wg.weight
+    gate_rows: Any = layer.deepspeed_moe.gate.wg.weight
     gate_rows.data = weights.rows.clone()
 
-    def new_gradients() -> dict[str, Tensor]:
+    def new_gradients() -> dict[str, Any]:
         grads = _expert_gradients(experts[weights.num_frozen :])
         return grads | {"rows": gate_rows.grad[weights.num_frozen :]}
 
@@ -285,11 +286,11 @@ def _mixtral_config(weights: LayerWeights, implementation: str):
 def _transformers(weights: LayerWeights, implementation: str) -> Peer:
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    block = MixtralSparseMoeBlock(_mixtral_config(weights, implementation))
+    block: Any = MixtralSparseMoeBlock(_mixtral_config(weights, implementation))
     _fill_mixtral(block, weights)
     new = slice(weights.num_frozen, None)
 
-    def new_gradients() -> dict[str, Tensor]:
+    def new_gradients() -> dict[str, Any]:
         experts = block.experts
         grads = {"gate_up": experts.gate_up_proj.grad, "down": experts.down_proj.grad}
         grads["rows"] = block.gate.weight.grad
@@ -298,11 +299,11 @@ def _transformers(weights: LayerWeights, implementation: str) -> Peer:
     return Peer(block, _trainable(block), new_gradients)
 
 
-def _fill_mixtral(block: nn.Module, weights: LayerWeights) -> None:
+def _fill_mixtral(block: Any, weights: LayerWeights) -> None:
     experts, gate = block.experts, block.gate
-    experts.gate_up_proj.data = weights.gate_up.clone()  # type: ignore[union-attr]
-    experts.down_proj.data = weights.down.clone()  # type: ignore[union-attr]
-    gate.weight.data = weights.rows.clone()  # type: ignore[union-attr]
+    experts.gate_up_proj.data = weights.gate_up.clone()
+    experts.down_proj.data = weights.down.clone()
+    gate.weight.data = weights.rows.clone()
 
 
 def grouped_mm(weights: LayerWeights) -> Peer:
@@ -346,10 +347,10 @@ def autoep(weights: LayerWeights) -> Peer:
     settings = parse_autoep_config({"enabled": True, "autoep_size": 1, "preset_model": "mixtral"})
     conversion = AutoEP(model, settings)
     conversion.replace_moe_layers(conversion.ep_parser(), ep_size=1, ep_rank=0)
-    layer = model.get_submodule(block_name)
+    layer: Any = model.get_submodule(block_name)
     new = slice(weights.num_frozen, None)
 
-    def new_gradients() -> dict[str, Tensor]:
+    def new_gradients() -> dict[str, Any]:
         experts = layer.experts
         gate_up = torch.cat([experts.w1.grad, experts.w3.grad], dim=1)
         grads = {"gate_up": gate_up, "down": experts.w2.grad, "rows": layer.router.gate.weight.grad}

@@ -31,7 +31,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ext.benchmarks.peers import LayerWeights, _MoExtendMask, shim_autoep
+from moe_ext.benchmarks.peers import LayerWeights, MoExtendMask, shim_autoep
 from moe_ext.benchmarks.report import Samples, environment, spread, write_json
 
 RANKS, LAYERS, VOCAB, DIM, WIDE, EXPERTS, NEW, TOP_K = 2, 4, 2048, 512, 256, 30, 2, 4
@@ -131,7 +131,7 @@ def _loss_everywhere(lm, projector, rows, dtype) -> Tensor:
 class Ours:
     """Our layer and our engine."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, topology, tokens: int):
+    def __init__(self, folder: Path, dtype: torch.dtype, topology):
         from moe_ext.config import CalibrationKind, ExpertInit, ExtensionConfig, RowInit, Scope
         from moe_ext.model.extend import LayerPlan, add_extension, load_base
         from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter
@@ -140,7 +140,7 @@ class Ours:
                             ep_group=topology.ep_group)  # fmt: skip
         settings = ExtensionConfig(scope=Scope.joint, expert_init=ExpertInit.random,
                                    row_init=RowInit.clone, calibration=CalibrationKind.none)  # fmt: skip
-        # a clone of the row with 0.7 less: near the load of an average expert
+        # rows cloned a little below their sources: about the load of an average expert
         plans = [LayerPlan(l, NEW, list(range(NEW)), [-0.1] * NEW) for l in range(LAYERS)]
         add_extension(self.lm, str(folder), "new", plans, settings)
         torch.manual_seed(0)
@@ -214,7 +214,7 @@ def moextend(dtype: torch.dtype) -> Script:
             NEW,
             TOP_K,
         )
-        layer.mlp = _MoExtendMask(weights)
+        layer.mlp = MoExtendMask(weights)
     return Script(lm, dtype, {})
 
 
@@ -252,7 +252,7 @@ def _rank(rank: int, folder: str, dtype_name: str, peers: list[str], repetitions
     topology = start(ranks_from_environment(), RANKS, timeout_s=1200.0, threads_per_rank=1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
     short, full = Sequences(rank, full=False), Sequences(rank, full=True)
-    ours = Ours(Path(folder) / "base", dtype, topology, tokens=0)
+    ours = Ours(Path(folder) / "base", dtype, topology)
     runs: dict[str, tuple[Any, Sequences]] = {"ours": (ours, short), "ours_equal": (ours, full)}
     if "moextend" in peers:
         peer = moextend(dtype)
