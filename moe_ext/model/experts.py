@@ -16,14 +16,18 @@ gathered rows, the activations and their gradients are used again before they le
 never exist for all rows at once.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ext.config import Placement
+from moe_ext.model.activations import (
+    ExpertShape,
+    activate_backward,
+    activated,
+    gate_and_up,
+    inner_products,
+    is_apart,
+)
 from moe_ext.model.grouped import (
     Part,
     RowPlan,
@@ -40,87 +44,26 @@ NO_EXPERT = -1
 """Id of an empty slot."""
 
 
-@dataclass
-class ExpertShape:
-    """Sizes and activation of a family's routed experts."""
-
-    hidden_dim: int
-    intermediate_dim: int
-    activation: str = "silu"
-    """`silu`, `gelu`, `gelu_tanh`, `relu`, or `swiglu_clamped` (GPT-OSS)."""
-    bias: bool = False
-    alpha: float = 1.702
-    limit: float = 7.0
+def _linear_gate_up(x_rD: Tensor, weight: Tensor, part: Part, out: Tensor | None, apart: bool):
+    """(r, 2I): the part's `h`."""
+    if not apart:
+        return grouped_linear(x_rD, weight, part, out)
+    h_r2I = x_rD.new_empty(len(x_rD), weight.shape[1]) if out is None else out
+    for half, its_weight in zip(gate_and_up(h_r2I, True), weight.chunk(2, dim=1), strict=True):
+        grouped_linear(x_rD, its_weight, part, half)
+    return h_r2I
 
 
-def _swiglu_clamped(gate: Tensor, up: Tensor, shape: ExpertShape) -> Tensor:
-    gate = gate.clamp(max=shape.limit)
-    up = up.clamp(min=-shape.limit, max=shape.limit)
-    return gate * torch.sigmoid(gate * shape.alpha) * (up + 1)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor, Tensor, ExpertShape], Tensor]] = {
-    "silu": lambda gate, up, _: F.silu(gate) * up,
-    "gelu": lambda gate, up, _: F.gelu(gate) * up,
-    "gelu_tanh": lambda gate, up, _: F.gelu(gate, approximate="tanh") * up,
-    "relu": lambda gate, up, _: F.relu(gate) * up,
-    "swiglu_clamped": _swiglu_clamped,
-}
-
-
-def activate(h_R2I: Tensor, shape: ExpertShape) -> Tensor:
-    """(R, I): the gated activation of gate rows and up rows, stacked along the last dimension."""
-    gate, up = h_R2I.chunk(2, dim=-1)
-    return ACTIVATIONS[shape.activation](gate, up, shape)
-
-
-def _activated(h_R2I: Tensor, shape: ExpertShape) -> Tensor:
-    """`activate`, without a graph."""
-    if shape.activation == "silu":
-        gate, up = h_R2I.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-    return activate(h_R2I, shape)
-
-
-@dataclass
-class ActivationGradients:
-    """What `activate_backward` gives back."""
-
-    h_R2I: Tensor
-    inner_R: Tensor | None
-    """The product of gradient and activation, summed over a row: the routing weights' gradient."""
-    act_RI: Tensor | None
-    """The activation itself, computed again."""
-
-
-def activate_backward(
-    h_R2I: Tensor, grad_RI: Tensor, shape: ExpertShape, inner: torch.dtype | None, keep: bool
-) -> ActivationGradients:
-    """Gradient of `activate`. Overwrites `grad_RI`.
-
-    `inner`: also the inner products, in this dtype. `keep`: also the value.
-    """
-    if shape.activation != "silu":
-        with torch.enable_grad():
-            h = h_R2I.detach().requires_grad_()
-            act_RI = activate(h, shape)
-            (grad_h,) = torch.autograd.grad(act_RI, h, grad_RI)
-        act_RI = act_RI.detach()
-        return ActivationGradients(grad_h, _inner(grad_RI, act_RI, inner), act_RI)
-    gate, up = h_R2I.chunk(2, dim=-1)
-    out = torch.empty_like(h_R2I)
-    grad_gate, grad_up = out.chunk(2, dim=-1)
-    act_RI = F.silu(gate)
-    torch.mul(act_RI, grad_RI, out=grad_up)
-    inner_R = _inner(grad_up, up, inner)
-    grad_RI.mul_(up)
-    torch.ops.aten.silu_backward.grad_input(grad_RI, gate, grad_input=grad_gate)
-    return ActivationGradients(out, inner_R, act_RI.mul_(up) if keep else None)
-
-
-def _inner(a_RI: Tensor, b_RI: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """(R,) sums of products; products of bf16 are rounded, their sum is not."""
-    return None if dtype is None else (a_RI * b_RI).sum(-1, dtype=dtype)
+def _linear_gate_up_backward(
+    grad_r2I: Tensor, weight: Tensor, part: Part, out: Tensor | None, apart: bool
+) -> Tensor:
+    """(r, D): gradient of the part's rows."""
+    if not apart:
+        return grouped_linear_backward_input(grad_r2I, weight, part, out)
+    grad_gate, grad_up = gate_and_up(grad_r2I, True)
+    of_gate, of_up = weight.chunk(2, dim=1)
+    grad_x_rD = grouped_linear_backward_input(grad_gate, of_gate, part, out)
+    return grouped_linear_backward_input(grad_up, of_up, part, grad_x_rD, add=True)
 
 
 class _BankFunction(torch.autograd.Function):
@@ -132,12 +75,12 @@ class _BankFunction(torch.autograd.Function):
         parts = _parts(plan, x_TD, shape)
         h_R2I, out_RD = _buffers(parts, x_TD, 2 * shape.intermediate_dim, shape.hidden_dim)
         for part in parts:
-            rows = part.rows
+            rows, apart = part.rows, is_apart(part, shape)
             x_rD = x_TD.index_select(0, plan.row_token[rows])
-            h_r2I = grouped_linear(x_rD, gate_up, part, _rows(h_R2I, rows))
+            h_r2I = _linear_gate_up(x_rD, gate_up, part, _rows(h_R2I, rows), apart)
             if gate_up_bias is not None:
                 h_r2I += part.spread(gate_up_bias)
-            act_rI = _activated(h_r2I, shape)
+            act_rI = activated(h_r2I, shape, apart)
             out_rD = grouped_linear(act_rI, down, part, _rows(out_RD, rows))
             if down_bias is not None:
                 out_rD += part.spread(down_bias)
@@ -166,22 +109,22 @@ class _BankFunction(torch.autograd.Function):
         grad_weight_R = torch.empty_like(weight_R)
         inner = weight_R.dtype if weight_live else None
         for part in parts:
-            rows = part.rows
+            rows, apart = part.rows, is_apart(part, shape)
             grad_rD = grad_UD.index_select(0, row_place[rows])  # of the rows before their weights
             grad_rI = grouped_linear_backward_input(grad_rD, down, part, None)
-            grads = activate_backward(h_R2I[rows], grad_rI, shape, inner, keep=bank_live)
+            grads = activate_backward(h_R2I[rows], grad_rI, shape, inner, bank_live, apart)
             if weight_live:
                 grad_weight_R[rows] = grads.inner_R
                 if down_bias is not None:
-                    grad_weight_R[rows] += _inner(grad_rD, part.spread(down_bias), inner)
+                    grad_weight_R[rows] += inner_products(grad_rD, part.spread(down_bias), inner)
             if x_live:
                 into = _rows(grad_x_RD, rows)
-                grad_x_rD = grouped_linear_backward_input(grads.h_R2I, gate_up, part, into)
+                grad_x_rD = _linear_gate_up_backward(grads.h_R2I, gate_up, part, into, apart)
                 grad_x_RD = grad_x_rD if len(parts) == 1 else grad_x_RD
             if bank_live:
                 scale_r1 = weight_R[rows].to(grad_rD.dtype).unsqueeze(1)
                 x_rD = x_TD.index_select(0, plan.row_token[rows])
-                _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part)
+                _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part, apart)
         grad_weight_TS = None
         if weight_live:
             flat = grad_weight_R.new_zeros(ctx.weight_shape.numel())
@@ -191,13 +134,18 @@ class _BankFunction(torch.autograd.Function):
         return grad_x_TD, grad_weight_TS, *grad_bank, None, None, None
 
 
-def _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part: Part) -> None:
+def _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part: Part, apart: bool) -> None:
     """Writes the part's weight and bias gradients; overwrites `x_rD` and `grad_rD`."""
     gate_up, down, gate_up_bias, down_bias = grad_bank
-    grad_bank[:2] = (
-        grouped_linear_backward_weight(grads.h_R2I, x_rD.mul_(scale_r1), part, gate_up),
-        grouped_linear_backward_weight(grad_rD.mul_(scale_r1), grads.act_RI, part, down),
-    )
+    x_rD.mul_(scale_r1)
+    grad_rD.mul_(scale_r1)
+    if apart:
+        halves = zip(gate_and_up(grads.h_R2I, True), gate_up.chunk(2, dim=1), strict=True)
+        for half, its_gradient in halves:
+            grouped_linear_backward_weight(half, x_rD, part, its_gradient)
+    else:
+        grad_bank[0] = grouped_linear_backward_weight(grads.h_R2I, x_rD, part, gate_up)
+    grad_bank[1] = grouped_linear_backward_weight(grad_rD, grads.act_RI, part, down)
     if gate_up_bias is not None:
         sum_by_expert(grads.h_R2I * scale_r1, part, gate_up_bias)
         sum_by_expert(grad_rD, part, down_bias)

@@ -135,13 +135,15 @@ def grouped_linear(rows: Tensor, weight_EOI: Tensor, part: Part, out: Tensor | N
 
 
 def grouped_linear_backward_input(
-    grad: Tensor, weight_EOI: Tensor, part: Part, out: Tensor | None
+    grad: Tensor, weight_EOI: Tensor, part: Part, out: Tensor | None, add: bool = False
 ) -> Tensor:
-    """(R, I): gradient of `grouped_linear` for its rows, grad[e] @ weight[e]."""
-    return _grouped_mm(grad, weight_EOI, part, out)
+    """(R, I): gradient of `grouped_linear` for its rows, grad[e] @ weight[e]; `add`s it to `out`."""
+    return _grouped_mm(grad, weight_EOI, part, out, add)
 
 
-def _grouped_mm(rows: Tensor, matrix_EIO: Tensor, part: Part, out: Tensor | None) -> Tensor:
+def _grouped_mm(
+    rows: Tensor, matrix_EIO: Tensor, part: Part, out: Tensor | None, add: bool = False
+) -> Tensor:
     """The product, written to `out` where it is given; the device's grouped GEMM brings its own."""
     matrix_EIO = matrix_EIO[part.experts]
     if part.count_list is None:
@@ -152,7 +154,10 @@ def _grouped_mm(rows: Tensor, matrix_EIO: Tensor, part: Part, out: Tensor | None
     for into, mine, matrix in zip(
         out.split(counts), rows.split(counts), matrix_EIO.unbind(0), strict=True
     ):
-        torch.mm(mine, matrix, out=into)
+        if add:
+            into.addmm_(mine, matrix)
+        else:
+            torch.mm(mine, matrix, out=into)
     return out
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ext.config import Placement
-from moe_ext.model.experts import Bank, ExpertShape, activate
+from moe_ext.model.activations import ExpertShape, activate
+from moe_ext.model.experts import Bank
 from moe_ext.model.grouped import plan_rows, sum_by_token
 
 

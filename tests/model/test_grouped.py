@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_ext.config import Placement
-from moe_ext.model import grouped
+from moe_ext.model import activations, grouped
 from moe_ext.model.experts import ExpertShape, NewBank
 from moe_ext.model.grouped import Bags, plan_rows, sum_by_token
 
@@ -50,10 +50,10 @@ def test_no_rows_stay_in_the_graph():
 
 def test_parts_cover_all_rows_and_fit(monkeypatch):
     plan = plan_rows(IDS_TS, 3)
-    for rows_in_cache, experts in ((1, [1, 1, 1]), (5, [2, 1]), (6, [2, 1]), (100, [3])):
+    for rows_in_cache, runs in ((1, [1, 1, 1]), (5, [2, 1]), (6, [2, 1]), (100, [3])):
         monkeypatch.setattr(grouped, "CACHED_BYTES", rows_in_cache * 10)
         parts = plan.parts(row_bytes=10, loops=True)
-        assert [p.experts.stop - p.experts.start for p in parts] == experts
+        assert [p.experts.stop - p.experts.start for p in parts] == runs
         assert [p.rows.start for p in parts] == [0] + [p.rows.stop for p in parts[:-1]]
         assert parts[-1].rows.stop == 9
         assert [c for p in parts for c in p.count_list] == plan.count_list
@@ -81,3 +81,24 @@ def test_many_parts_give_what_one_gives(monkeypatch, activation):
         found.append([out, *(t.grad for t in inputs), *(p.grad for p in bank.parameters())])
     for one, many in zip(*found, strict=True):
         torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cached", [1, 1 << 20])
+def test_gate_and_up_apart_give_what_side_by_side_gives(monkeypatch, cached):
+    stream = torch.Generator().manual_seed(3)
+    bank = NewBank(ExpertShape(8, 12), [0, 1, 2], 3, Placement.replicate, dtype=torch.float64)
+    for parameter in bank.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=stream, dtype=torch.float64)
+    x, weight = (torch.randn(5, n, generator=stream, dtype=torch.float64) for n in (8, 3))
+    monkeypatch.setattr(grouped, "CACHED_BYTES", cached)
+    found = []
+    ids_TS = IDS_TS.masked_fill(IDS_TS == 1, -1)  # an expert without rows
+    for width in (1 << 20, 1):
+        monkeypatch.setattr(activations, "APART_FROM_WIDTH", width)
+        bank.zero_grad()
+        inputs = [t.clone().requires_grad_() for t in (x, weight)]
+        out = bank(inputs[0], ids_TS, inputs[1])
+        out.square().sum().backward()
+        found.append([out, *(t.grad for t in inputs), *(p.grad for p in bank.parameters())])
+    for side_by_side, apart in zip(*found, strict=True):
+        torch.testing.assert_close(side_by_side, apart, rtol=1e-12, atol=1e-12)
