@@ -228,7 +228,7 @@ def test_the_local_launcher_stops_on_request_and_goes_on(tmp_path: Path) -> None
     process = subprocess.Popen(
         words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
     )
-    wait_until(lambda: bool(list(tmp_path.glob("runs/*/metrics.jsonl"))), 120, "the first step")
+    wait_until(lambda: bool(list(tmp_path.glob("runs/*/metrics.jsonl"))), 400, "the first step")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == STOPPED_EXIT_CODE, output
