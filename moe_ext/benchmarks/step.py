@@ -167,6 +167,7 @@ class _Whole(nn.Module):
     def __init__(self, lm: nn.Module, projector: nn.Linear, dtype: torch.dtype):
         super().__init__()
         self.lm, self.projector, self.dtype = lm, projector, dtype
+        self.config = lm.config  # AutoEP reads top-k from it
 
     def forward(self, rows: dict[str, Tensor]) -> Tensor:
         return _loss_everywhere(self.lm, self.projector, rows, self.dtype)
@@ -225,7 +226,12 @@ def autoep(dtype: torch.dtype) -> Script:
     lm = MixtralForCausalLM(_config(EXPERTS + NEW)).requires_grad_(False)
     for layer in lm.model.layers:
         layer.mlp.requires_grad_(True)
-    expert_parallel = {"enabled": True, "autoep_size": RANKS, "preset_model": "mixtral"}
+    expert_parallel = {
+        "enabled": True,
+        "autoep_size": RANKS,
+        "preset_model": "mixtral",
+        "moe_layer_pattern": r"lm\.model\.layers\.\d+\.mlp",
+    }
     return Script(lm, dtype, {"expert_parallel": expert_parallel})
 
 
