@@ -61,6 +61,12 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
+# What squeue calls a job that is over.
+ENDS = frozenset(
+    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
+    | {"TIMEOUT"}
+)
+
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now, all different."""
@@ -155,12 +161,21 @@ class SlurmCluster:
         return dict(line.split() for line in listing.splitlines())
 
     def wait(self, job: str, timeout_s: float = 120) -> dict[str, str]:
-        """The tasks' last states, once none is pending, running or on its way back."""
-        active = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED"}
-        wait_until(
-            lambda: not set(self.states(job).values()) & active, timeout_s, f"job {job} to end"
-        )
-        return self.states(job)
+        """The tasks' last states, once they are ends and stay the same for three seconds.
+
+        A job on its way back into the queue passes through states that look like an end.
+        """
+        seen, since = self.states(job), time.monotonic()
+
+        def ended() -> bool:
+            nonlocal seen, since
+            now = self.states(job)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            return bool(seen) and set(seen.values()) <= ENDS and time.monotonic() - since >= 3
+
+        wait_until(ended, timeout_s, f"job {job} to end")
+        return seen
 
     def __exit__(self, *_: object) -> None:
         self.stop()
