@@ -331,6 +331,8 @@ class TrackingConfig:
 class EvaluationConfig:
     candidates: int = 60
     """Images and captions of the retrieval test."""
+    splits: list[str] = field(default_factory=lambda: ["heldout", "heldout_concept"])
+    """Splits of the held-out stream's manifest to test on; `probe` is the one to choose settings on."""
     captions: int = 12
     """Held-out images that the model writes captions for."""
     text_tokens: int = 8192

@@ -4,7 +4,7 @@ Every function here is a collective: under expert parallelism all ranks call it 
 and make the same number of passes; ranks divide the rows and add up once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def evaluate(
     *,
     candidates: int = 60,
     captions: int = 12,
+    splits: Sequence[str] = HELDOUT_SPLITS,
     lookup: tuple[torch.Tensor, list[str]] | None = None,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
@@ -48,18 +49,17 @@ def evaluate(
     Args:
         candidates: pairs of a split that retrieval tells apart.
         captions: pictures of each split in the gallery; a caption is written for every candidate.
+        splits: names in the manifest; those it lacks are left out.
         lookup: pooled features (N, F) of training images and their captions, for the reference.
-
-    Splits that the manifest lacks are left out.
     """
     ranks = ranks or Ranks()
-    splits = {
+    items_of = {
         split: load_items(manifest, split, candidates)
-        for split in HELDOUT_SPLITS
+        for split in splits
         if split in manifest.split_names
     }
     parts: dict[str, Any] = {"gallery": []}
-    for split, items in splits.items():
+    for split, items in items_of.items():
         result, shots = evaluate_split(
             model, build, items, split, ranks=ranks, captions=captions, progress=progress
         )
@@ -75,7 +75,7 @@ def evaluate(
         parts["text_joint"] = text_loss(
             model, text_ids_RS, ranks, progress=_named(progress, "text, opened")
         )
-    items = next(iter(splits.values()), [])
+    items = next(iter(items_of.values()), [])
     parts["experts"] = {"trained": expert_use(model, build, items, text_ids_RS[:4], ranks)}
     return parts
 

@@ -102,6 +102,7 @@ def evaluate_run(run: Run, model: MultimodalMoE, again: bool = False) -> None:
             text_ids(run),
             candidates=run.config.evaluation.candidates,
             captions=run.config.evaluation.captions,
+            splits=run.config.evaluation.splits,
             lookup=lookup,
             ranks=run.ranks,
             progress=progress,

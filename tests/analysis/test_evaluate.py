@@ -247,6 +247,7 @@ def run_everything(base, folder, rank=0, size=1, **load):
     steps: list[tuple] = []
     parts = evaluate.evaluate(
         model, build, manifest, ids, candidates=7, captions=2, ranks=ranks,
+        splits=("heldout", "heldout_concept", "no such split"),
         lookup=(features, [i.caption for i in train]), progress=lambda *step: steps.append(step),
     )  # fmt: skip
     return before, parts, steps
@@ -285,6 +286,7 @@ def test_two_ranks_say_what_one_says(base, folder, alone, tmp_path):
 
 def test_parts_of_the_evaluation(alone):
     _, parts, steps = alone
+    assert "no such split" not in parts
     assert parts["heldout"]["candidates"] == 7
     assert parts["heldout"]["captions_written"] == 7
     assert len(parts["gallery"]) == 4
