@@ -100,7 +100,11 @@ def count_selections(
         context = model(batch).context
         kind_T = token_kinds(context)
         for i, layer in enumerate(layers):
-            total[i] += _count(context, layer, kind_T, widest)
+            num_experts = num_frozen[i] + num_new[i]
+            counts_GX, tokens_G, affected_G = _count(context, layer, kind_T)
+            total[i, :, :num_experts] += counts_GX
+            total[i, :, -2] += tokens_G
+            total[i, :, -1] += affected_G
     model.train(was_training)
     total = (ranks or Ranks()).add(total)
     return Selections(
@@ -118,18 +122,16 @@ def token_kinds(context: RoutingContext) -> Tensor:
     return kind_T.masked_fill(~context.valid_T, -1)
 
 
-def _count(context: RoutingContext, layer: int, kind_T: Tensor, widest: int) -> Tensor:
-    """(G, X + 2) int64 of one layer of one pass."""
+def _count(context: RoutingContext, layer: int, kind_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int64, by kind, of one layer of one pass: choices (G, X), tokens (G,), affected tokens (G,)."""
     record = context.records[layer]
     expert_TS = record.expert_TS
     base_TK = record.base_expert_TK
     lost_T = torch.zeros_like(kind_T, dtype=torch.bool)
     if base_TK is not None:
         lost_T = ~(base_TK.unsqueeze(2) == expert_TS.unsqueeze(1)).any(2).all(1)
-    rows = []
-    for kind in range(len(KINDS)):
-        of_T = kind_T == kind
-        chosen = expert_TS[of_T]
-        count_X = torch.bincount(chosen[chosen >= 0], minlength=widest)
-        rows.append(torch.cat([count_X, of_T.sum().view(1), (lost_T & of_T).sum().view(1)]))
-    return torch.stack(rows).cpu()
+    kinds = len(KINDS)
+    tokens_G = torch.bincount(kind_T[kind_T >= 0], minlength=kinds)
+    affected_G = torch.bincount(kind_T[lost_T & (kind_T >= 0)], minlength=kinds)
+    counts_GX = record.counts_by_kind(kind_T, kinds)
+    return counts_GX.cpu(), tokens_G.cpu(), affected_G.cpu()

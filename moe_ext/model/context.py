@@ -33,6 +33,13 @@ class LayerRecord:
     counted_T: Tensor | None = None
     """(T,) bool: tokens the losses count: not padding, candidates not restricted."""
 
+    def counts_by_kind(self, kind_T: Tensor, num_kinds: int) -> Tensor:
+        """(G, X) int64: how often the tokens of each kind chose each expert; a negative kind: uncounted."""
+        chosen_TS = (self.expert_TS >= 0) & (kind_T >= 0).unsqueeze(1)
+        flat_TS = kind_T.unsqueeze(1) * self.num_experts + self.expert_TS
+        counts = torch.bincount(flat_TS[chosen_TS], minlength=num_kinds * self.num_experts)
+        return counts.view(num_kinds, -1)
+
 
 @dataclass
 class RoutingContext:

@@ -16,6 +16,9 @@ gathered rows, the activations and their gradients are used again before they le
 never exist for all rows at once.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -210,6 +213,16 @@ class Bank(nn.Module):
             tensors |= {"gate_up_bias": (held, 2 * wide), "down_bias": (held, dim)}
         return tensors
 
+    def _hold(self, trains: bool, create: Callable[..., Tensor], **where: Any) -> None:
+        """Allocate the bank's tensors: as parameters where they train, as buffers where not."""
+        shapes = self.tensor_shapes()
+        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+            tensor = create(shapes[name], **where) if name in shapes else None
+            if trains:
+                self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+
     def forward(
         self,
         x_TD: Tensor,
@@ -236,12 +249,7 @@ class FrozenBank(Bank):
 
     def __init__(self, shape, expert_ids, num_experts, placement, *, dtype, device="cpu"):
         super().__init__(shape, expert_ids, num_experts, placement)
-        shapes = self.tensor_shapes()
-        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
-            tensor = None
-            if name in shapes:
-                tensor = torch.empty(shapes[name], dtype=dtype, device=device)
-            self.register_buffer(name, tensor, persistent=False)
+        self._hold(False, torch.empty, dtype=dtype, device=device)
 
 
 class NewBank(Bank):
@@ -249,9 +257,4 @@ class NewBank(Bank):
 
     def __init__(self, shape, expert_ids, num_experts, placement, *, dtype, device="cpu"):
         super().__init__(shape, expert_ids, num_experts, placement)
-        shapes = self.tensor_shapes()
-        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
-            parameter = None
-            if name in shapes:
-                parameter = nn.Parameter(torch.zeros(shapes[name], dtype=dtype, device=device))
-            self.register_parameter(name, parameter)
+        self._hold(True, torch.zeros, dtype=dtype, device=device)

@@ -39,12 +39,7 @@ class LoraBank(Bank):
     ):
         super().__init__(shape, expert_ids, num_experts, placement)
         self.rank, self.alpha = rank, alpha
-        shapes = self.tensor_shapes()
-        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
-            tensor = None
-            if name in shapes:
-                tensor = torch.zeros(shapes[name], dtype=dtype, device=device)
-            self.register_buffer(name, tensor, persistent=False)
+        self._hold(False, torch.zeros, dtype=dtype, device=device)
         held, dim, wide = len(expert_ids), shape.hidden_dim, shape.intermediate_dim
 
         def zeros(*size: int) -> nn.Parameter:

@@ -14,9 +14,8 @@ from moe_ext.model.context import LayerRecord
 def selection_counts(record: LayerRecord) -> Tensor:
     """(X + 1,) int64: how often each expert was chosen by the counted tokens, then their number."""
     assert record.counted_T is not None, "the pass did not record losses"
-    chosen = record.expert_TS[record.counted_T]
-    counts = torch.bincount(chosen[chosen >= 0], minlength=record.num_experts)
-    return torch.cat([counts, record.counted_T.sum().view(1)])
+    (count_X,) = record.counts_by_kind(record.counted_T.long() - 1, 1)
+    return torch.cat([count_X, record.counted_T.sum().view(1)])
 
 
 def balance_loss(prob_sum_X: Tensor, global_counts: Tensor) -> Tensor:

@@ -228,11 +228,7 @@ def _add_selections(selections: dict[int, Tensor], output: Output) -> None:
     """Add a micro-batch's choices to (text or not, expert) counts by layer."""
     is_new_T = (output.context.modality_BS.reshape(-1) != 0).long()
     for layer, record in output.context.records.items():
-        kind_TS = is_new_T.unsqueeze(1).expand_as(record.expert_TS)
-        chosen = record.expert_TS >= 0
-        index = kind_TS[chosen] * record.num_experts + record.expert_TS[chosen]
-        counts = torch.bincount(index, minlength=2 * record.num_experts)
-        selections[layer] = selections.get(layer, 0) + counts.view(2, -1)
+        selections[layer] = selections.get(layer, 0) + record.counts_by_kind(is_new_T, 2)
 
 
 def _expert_metrics(selections: dict[int, Tensor], num_frozen: dict[int, int]) -> dict[str, Any]:

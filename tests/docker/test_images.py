@@ -13,15 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra.docker_engine import BASE, DockerEngine, missing_programs
+from tests.infra.docker_engine import BASE, NEEDED, DockerEngine
+from tests.infra.machine import ROOT
 
-pytestmark = [
-    pytest.mark.docker,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(missing_programs()), reason=f"not here: {missing_programs()}"),
-]
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800), *NEEDED]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +13,10 @@ import pytest
 
 from moe_ext.training.ownership import read_status
 from moe_ext.training.signals import STOPPED_EXIT_CODE
-from tests.infra.host_network import CONTROL, HostNetwork, missing_programs
-from tests.infra.slurm_cluster import PATH, wait_until
+from tests.infra.host_network import CONTROL, NEEDED, HostNetwork
+from tests.infra.machine import PATH, ROOT, launch_words, only_run, wait_until
 
-pytestmark = [
-    pytest.mark.hosts,
-    pytest.mark.timeout(240),
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(missing_programs()), reason=f"not here: {missing_programs()}"),
-]
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(240), *NEEDED]
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +31,7 @@ def start(
     """`moe-ext launch` on a host, with the stand-in for training."""
     hostfile = folder / "hosts.txt"
     hostfile.write_text("n1 slots=1\nn2 slots=1\n")
-    words = [
-        *(sys.executable, "-m", "moe_ext.launch", "experiment=demo", "launcher=hostfile"),
-        *(
-            f"launcher.hostfile={hostfile}",
-            "launcher.module=tests.infra.toy_run",
-            "parallel.ep_size=2",
-        ),
-        *(f"stages.{stage}.steps=3" for stage in ("align", "probe", "tune")),
-        *(f"+launcher.environment.{key}={value}" for key, value in variables.items()),
-        *overrides,
-    ]
+    words = launch_words("hostfile", f"launcher.hostfile={hostfile}", *overrides, **variables)
     return subprocess.Popen(
         hosts.inside(name, words, folder),
         env=os.environ | {"PATH": PATH, "PYTHONPATH": str(ROOT)},
@@ -56,11 +39,6 @@ def start(
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def only_run(folder: Path) -> Path:
-    (run_dir,) = (path.parent for path in folder.glob("runs/*/launch"))
-    return run_dir
 
 
 def seen(run_dir: Path, start: int = 0) -> list[dict]:

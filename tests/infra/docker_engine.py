@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.infra.slurm_cluster import PATH, wait_until
+from tests.infra.machine import PATH, ROOT, needs, wait_until
 
+NEEDED = needs("dockerd", "containerd", "runc", "docker-compose", "mmdebstrap")
 BASE = "moe_ext-test-base"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
@@ -100,7 +101,7 @@ class DockerEngine:
         (context / "wheels").mkdir(parents=True)
         (context / "Dockerfile").write_text(BASE_DOCKERFILE)
         shutil.copy(CERTIFICATES, context / "certificates.crt")
-        lock = Path(__file__).resolve().parents[2] / "requirements.lock"
+        lock = ROOT / "requirements.lock"
         (torch,) = (line for line in lock.read_text().splitlines() if line.startswith("torch=="))
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         self.run(*pip, "--dest", str(context / "wheels"), torch)
@@ -123,9 +124,3 @@ class DockerEngine:
         for mount in sorted(mounts, reverse=True):
             if mount.startswith(f"{self.folder}/"):
                 subprocess.run(["umount", mount], capture_output=True)
-
-
-def missing_programs() -> list[str]:
-    """Programs that the engine needs and that are not installed."""
-    programs = ("dockerd", "containerd", "runc", "docker-compose", "mmdebstrap")
-    return [name for name in programs if not shutil.which(name, path=PATH)]

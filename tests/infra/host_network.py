@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.infra.slurm_cluster import PATH, wait_until
+from tests.infra.machine import PATH, needs, wait_until
 
+NEEDED = needs("ip", "sshd", "ssh-keygen", "pdsh", "nsenter", "unshare")
 NETWORK = "10.77.0"
 CONTROL = "ctl"
 
@@ -178,9 +179,3 @@ def _run(*words: str, check: bool = True) -> str:
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PATH": PATH})
     assert done.returncode == 0 or not check, f"{' '.join(words)}: {done.stderr}"
     return done.stdout
-
-
-def missing_programs() -> list[str]:
-    """Programs that these hosts need and that are not installed."""
-    programs = ("ip", "sshd", "ssh-keygen", "pdsh", "nsenter", "unshare")
-    return [name for name in programs if not shutil.which(name, path=PATH)]

@@ -6,16 +6,16 @@ only processes whose environment names this cluster's configuration.
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+from tests.infra.machine import PATH, needs, wait_until
+
+NEEDED = needs("slurmctld", "slurmd", "srun", "munged")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "slurmscriptd", "sackd")
 
 # cred_expire: a requeued job waits that long before it may start (121 s by default).
@@ -75,14 +75,6 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Poll until the condition holds; AssertionError naming `what` after `timeout_s`."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
-        time.sleep(0.2)
 
 
 class SlurmCluster:
@@ -198,11 +190,3 @@ class SlurmCluster:
             return named and process.environ().get("SLURM_CONF") == str(self.configuration)
         except psutil.Error:
             return False
-
-
-def missing_programs() -> list[str]:
-    return [
-        name
-        for name in ("slurmctld", "slurmd", "srun", "munged")
-        if not shutil.which(name, path=PATH)
-    ]

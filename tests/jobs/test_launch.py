@@ -19,7 +19,7 @@ from moe_ext.jobs.runs import plan_runs, run_id
 from moe_ext.jobs.status import collect, error_line
 from moe_ext.training.ownership import claim
 from moe_ext.training.signals import STOPPED_EXIT_CODE
-from tests.infra.slurm_cluster import wait_until
+from tests.infra.machine import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 

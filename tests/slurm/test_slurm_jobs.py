@@ -4,25 +4,18 @@ Started once for the file; each test submits its own jobs.
 """
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from moe_ext.jobs.status import Row, collect
-from tests.infra.slurm_cluster import SlurmCluster, missing_programs, wait_until
+from tests.infra.machine import ROOT, launch_words, only_run, wait_until
+from tests.infra.slurm_cluster import NEEDED, SlurmCluster
 
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(missing_programs()), reason=f"not here: {missing_programs()}"),
-]
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300), *NEEDED]
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +26,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 def launch(cluster: SlurmCluster, folder: Path, *overrides: str, **variables: str) -> list[str]:
     """Ids of the submitted jobs, of two ranks on two nodes each."""
-    words = [
-        *("experiment=demo", "launcher=slurm", "launcher.module=tests.infra.toy_run"),
-        *("launcher.nodes=2", "parallel.ep_size=2", "launcher.time_limit=5"),
-        *(f"stages.{stage}.steps=3" for stage in ("align", "probe", "tune")),
-        *(f"+launcher.environment.{name}={value}" for name, value in variables.items()),
-        f"+launcher.environment.PYTHONPATH={ROOT}",
-    ]
+    two_nodes = ("launcher.nodes=2", "launcher.time_limit=5")
+    variables["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [sys.executable, "-m", "moe_ext.launch", *words, *overrides],
+        launch_words("slurm", *two_nodes, *overrides, **variables),
         env=cluster.environment | {"PYTHONPATH": str(ROOT)},
         cwd=folder,
         capture_output=True,
@@ -68,11 +56,6 @@ def steps(run_dir: Path) -> list[tuple[str, int]]:
 def rows(cluster: SlurmCluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
     return collect(folder / "runs")
-
-
-def only_run(folder: Path) -> Path:
-    (run_dir,) = (path.parent for path in folder.glob("runs/*/launch"))
-    return run_dir
 
 
 def test_ranks_get_their_numbers_and_the_chain_runs(

@@ -1,7 +1,6 @@
 """The real training, tiny, as Slurm jobs: stopped in mid-stage, requeued, and bit for bit the same."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +8,11 @@ from pathlib import Path
 import pytest
 
 from moe_ext.training.ownership import read_status
-from tests.infra.slurm_cluster import SlurmCluster, missing_programs, wait_until
+from tests.infra.machine import ROOT, wait_until
+from tests.infra.slurm_cluster import NEEDED, SlurmCluster
 from tests.training.tiny import make_inputs, overrides
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slurm,
-    pytest.mark.timeout(2400),
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
-    pytest.mark.skipif(bool(missing_programs()), reason=f"not here: {missing_programs()}"),
-]
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(2400), *NEEDED]
 
 
 def submit(cluster: SlurmCluster, folder: Path, name: str) -> str:
