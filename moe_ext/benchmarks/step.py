@@ -5,13 +5,15 @@ it, so the input of every layer is live; forward, backward, gradient reduction, 
 under DeepSpeed ZeRO-2. All engines live in one pair of processes and step in turn.
 
 - `ours`: the frozen experts sharded over the two ranks, the new ones replicated, sequences packed,
-  logits at targets only;
+  logits at targets only; `ours_replica`: the same with every frozen expert on each rank;
 - `moextend_script`: our restatement of MoExtend's training script on the same sequences: every
-  sequence padded to the full length, its `mask` loop in every layer, a full replica a rank. It ran
-  under ZeRO-3, which gathers every expert in every pass; ZeRO-2 here flatters it;
+  sequence padded to the full length, its `mask` loop in every layer, ZeRO-3 as its fine-tuning
+  stage has it, which gathers every expert in every pass;
+- `moextend_zero2`: the same script under ZeRO-2, a full replica a rank, which fits small models
+  only; held against our replica;
 - `moextend_equal`, `autoep_equal`: sequences of the full length for everybody, so that padding
-  plays no part; AutoEP shards its experts over the two ranks and trains all of them (it refuses to
-  mix). Ratios are to ours on those sequences.
+  plays no part, both under ZeRO-2; AutoEP shards its experts over the two ranks and trains all of
+  them (it refuses to mix).
 
 CPU time is that of both ranks, all threads; a ratio is the median over repetitions.
 """
@@ -35,8 +37,15 @@ from moe_ext.benchmarks.peers import LayerWeights, MoExtendMask, shim_autoep
 from moe_ext.benchmarks.report import Samples, environment, spread, write_json
 
 RANKS, LAYERS, VOCAB, DIM, WIDE, EXPERTS, NEW, TOP_K = 2, 4, 2048, 512, 256, 30, 2, 4
-FEATURES, FULL_LENGTH, SEQUENCES = 256, 128, 8
-IMAGE_TOKENS = 16
+FEATURES, FULL_LENGTH, SEQUENCES = 256, 256, 8
+IMAGE_TOKENS = 32
+LIKE_FOR_LIKE = {
+    "moextend_script": "ours",
+    "moextend_zero2": "ours_replica",
+    "moextend_equal": "ours_replica_equal",
+    "autoep_equal": "ours_equal",
+}
+"""Peer -> which of ours it is held against: pretrained weights divided over the ranks, or whole on each."""
 LEARNING_RATE = 1e-4
 
 
@@ -110,41 +119,46 @@ def _embed(lm: nn.Module, projector: nn.Linear, rows: dict[str, Tensor]) -> Tens
     return text.masked_scatter(rows["image"].unsqueeze(-1), images)
 
 
-def _hidden(lm: nn.Module, projector: nn.Linear, rows: dict[str, Tensor], dtype) -> Tensor:
-    mask = torch.zeros(rows["mask"].shape, dtype=dtype)
-    mask.masked_fill_(~rows["mask"], torch.finfo(dtype).min)
+def _hidden(lm: nn.Module, projector: nn.Linear, rows: dict[str, Tensor]) -> Tensor:
     embeds = _embed(lm, projector, rows)
-    return lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=rows["position"],
+    return lm.model(inputs_embeds=embeds, attention_mask=rows["mask"], position_ids=rows["position"],
                     use_cache=False).last_hidden_state  # fmt: skip
 
 
-def _loss_at_targets(lm, projector, rows, dtype) -> Tensor:
-    hidden, target = _hidden(lm, projector, rows, dtype), rows["labels"] >= 0
+def _loss_at_targets(lm, projector, rows) -> Tensor:
+    hidden, target = _hidden(lm, projector, rows), rows["labels"] >= 0
     return F.cross_entropy(lm.lm_head(hidden[target]).float(), rows["labels"][target])
 
 
-def _loss_everywhere(lm, projector, rows, dtype) -> Tensor:
-    logits = lm.lm_head(_hidden(lm, projector, rows, dtype)).float()
+def _loss_everywhere(lm, projector, rows) -> Tensor:
+    logits = lm.lm_head(_hidden(lm, projector, rows)).float()
     return F.cross_entropy(logits.flatten(0, 1), rows["labels"].flatten(), ignore_index=-100)
 
 
 class Ours:
     """Our layer and our engine."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, topology):
-        from moe_ext.config import CalibrationKind, ExpertInit, ExtensionConfig, RowInit, Scope
+    def __init__(self, folder: Path, dtype: torch.dtype, topology, placement: str = "shard"):
+        from moe_ext.config import (
+            CalibrationKind,
+            ExpertInit,
+            ExtensionConfig,
+            Placement,
+            RowInit,
+            Scope,
+        )
         from moe_ext.model.extend import LayerPlan, add_extension, load_base
         from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter
 
         self.lm = load_base(folder, dtype=dtype, ep_rank=topology.ep_rank, ep_size=topology.ep_size,
-                            ep_group=topology.ep_group)  # fmt: skip
+                            ep_group=topology.ep_group, frozen_placement=Placement(placement))  # fmt: skip
         settings = ExtensionConfig(scope=Scope.joint, expert_init=ExpertInit.random,
                                    row_init=RowInit.clone, calibration=CalibrationKind.none)  # fmt: skip
         # rows cloned a little below their sources: about the load of an average expert
         plans = [LayerPlan(l, NEW, list(range(NEW)), [-0.1] * NEW) for l in range(LAYERS)]
         add_extension(self.lm, str(folder), "new", plans, settings)
         torch.manual_seed(0)
-        self.projector, self.dtype = nn.Linear(FEATURES, DIM).to(dtype), dtype
+        self.projector = nn.Linear(FEATURES, DIM).to(dtype)
         named = {**dict(self.lm.named_parameters()), **dict(self.projector.named_parameters())}
         trainable = [TrainableParameter(n, p, "new") for n, p in named.items() if p.requires_grad]
         engine_settings = EngineSettings(2, 1.0, 1, SEQUENCES, bf16=dtype is torch.bfloat16)
@@ -154,7 +168,7 @@ class Ours:
         from moe_ext.model.context import RoutingContext
 
         self.lm.context_holder.context = RoutingContext(rows["image"].long(), rows["segment"])
-        return _loss_at_targets(self.lm, self.projector, rows, self.dtype)
+        return _loss_at_targets(self.lm, self.projector, rows)
 
     def step(self, sequences: Sequences) -> None:
         self.engine.backward(self.engine(sequences.packed()) / RANKS)
@@ -164,13 +178,13 @@ class Ours:
 class _Whole(nn.Module):
     """Model and projector as one module, as a training script hands them to DeepSpeed."""
 
-    def __init__(self, lm: nn.Module, projector: nn.Linear, dtype: torch.dtype):
+    def __init__(self, lm: nn.Module, projector: nn.Linear):
         super().__init__()
-        self.lm, self.projector, self.dtype = lm, projector, dtype
+        self.lm, self.projector = lm, projector
         self.config = lm.config  # AutoEP reads top-k from it
 
     def forward(self, rows: dict[str, Tensor]) -> Tensor:
-        return _loss_everywhere(self.lm, self.projector, rows, self.dtype)
+        return _loss_everywhere(self.lm, self.projector, rows)
 
 
 class Script:
@@ -180,7 +194,7 @@ class Script:
         import deepspeed
 
         torch.manual_seed(0)
-        whole = _Whole(lm, nn.Linear(FEATURES, DIM), dtype).to(dtype)
+        whole = _Whole(lm, nn.Linear(FEATURES, DIM)).to(dtype)
         config = {
             "train_micro_batch_size_per_gpu": SEQUENCES,
             "gradient_clipping": 1.0,
@@ -195,14 +209,30 @@ class Script:
             **extra,
         }
         trained = [p for p in whole.parameters() if p.requires_grad]
+        plain_linear = F.linear
         self.engine, *_ = deepspeed.initialize(model=whole, config=config, model_parameters=trained)
+        # ZeRO-3 puts a linear of its own into torch; the other engines of this process keep torch's
+        self.linear, F.linear = F.linear, plain_linear
 
     def step(self, sequences: Sequences) -> None:
+        plain_linear, F.linear = F.linear, self.linear
         self.engine.backward(self.engine(sequences.padded()))
         self.engine.step()
+        F.linear = plain_linear
 
 
-def moextend(dtype: torch.dtype) -> Script:
+ZERO_3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": DIM * DIM,
+        "stage3_prefetch_bucket_size": DIM * DIM * 9 // 10,
+        "stage3_param_persistence_threshold": 10 * DIM,
+    }
+}
+"""What `auto` in the script's own ZeRO-3 file becomes for this width."""
+
+
+def moextend(dtype: torch.dtype, extra: dict[str, Any]) -> Script:
     from transformers import MixtralForCausalLM
 
     lm = MixtralForCausalLM(_config(EXPERTS + NEW)).requires_grad_(False)
@@ -216,7 +246,7 @@ def moextend(dtype: torch.dtype) -> Script:
             TOP_K,
         )
         layer.mlp = MoExtendMask(weights)
-    return Script(lm, dtype, {})
+    return Script(lm, dtype, extra)
 
 
 def autoep(dtype: torch.dtype) -> Script:
@@ -259,10 +289,17 @@ def _rank(rank: int, folder: str, dtype_name: str, peers: list[str], repetitions
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
     short, full = Sequences(rank, full=False), Sequences(rank, full=True)
     ours = Ours(Path(folder) / "base", dtype, topology)
-    runs: dict[str, tuple[Any, Sequences]] = {"ours": (ours, short), "ours_equal": (ours, full)}
+    replica = Ours(Path(folder) / "base", dtype, topology, "replicate")
+    runs: dict[str, tuple[Any, Sequences]] = {
+        "ours": (ours, short),
+        "ours_replica": (replica, short),
+        "ours_equal": (ours, full),
+        "ours_replica_equal": (replica, full),
+    }
     if "moextend" in peers:
-        peer = moextend(dtype)
-        runs |= {"moextend_script": (peer, short), "moextend_equal": (peer, full)}
+        runs["moextend_script"] = (moextend(dtype, ZERO_3), short)
+        peer = moextend(dtype, {})
+        runs |= {"moextend_zero2": (peer, short), "moextend_equal": (peer, full)}
     if "autoep" in peers:
         runs["autoep_equal"] = (autoep(dtype), full)
     samples = {name: Samples() for name in runs}
@@ -290,8 +327,7 @@ def bench(dtype: str, peers: list[str], repetitions: int) -> dict[str, Any]:
         torch.multiprocessing.spawn(_rank, (folder, dtype, peers, repetitions), nprocs=RANKS)
         result = torch.load(f"{folder}/result")
     samples, ratios = result["samples"], {}
-    for name, own in (("moextend_script", "ours"), ("moextend_equal", "ours_equal"),
-                      ("autoep_equal", "ours_equal")):  # fmt: skip
+    for name, own in LIKE_FOR_LIKE.items():
         if name in samples:
             pairs = zip(samples[name]["cpu_s"], samples[own]["cpu_s"], strict=True)
             ratios[f"{name}/{dtype}"] = spread([a / b for a, b in pairs])

@@ -30,16 +30,20 @@ def honest(query, key, value, allowed, scaling):
     return out
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_output_and_gradients_are_those_of_a_loop(packed, monkeypatch):
+@pytest.mark.parametrize("block", [64, 3])
+@pytest.mark.parametrize("masked", [None, "packed", "looks ahead"])
+def test_output_and_gradients_are_those_of_a_loop(masked, block, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(attention, "BLOCK", block)
     inputs = [torch.randn(2, heads, 7, 5, dtype=torch.float64) for heads in (6, 2, 2)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     allowed = torch.ones(2, 7, 7, dtype=torch.bool).tril()
     mask = None
-    if packed:
+    if masked:
         segment = torch.tensor([[1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 2, 2, 3, 3]])
         allowed = allowed & (segment[:, :, None] == segment[:, None])
+        if masked == "looks ahead":
+            allowed[1, 0, 6] = True
         mask = allowed[:, None]
 
     def forbidden(*_, **__):
