@@ -1,6 +1,7 @@
 """`moe-ext bench layer`: the extended layer beside its peers, in one process, on one thread.
 
-Forward and backward of one layer with its gate, dispatch and combine on all sides, the input live.
+Forward and backward of one layer with its gate, dispatch and combine on all sides, the input live,
+on 2,048 tokens: one sequence of the length that MoExtend and LLaVA-1.5 are tuned with.
 Repetitions are interleaved (every peer once, then again, in an order that rotates), and a ratio is
 the median over repetitions of peer time over ours in the same repetition. CPU time decides; wall
 time is recorded beside it.
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="moe-ext bench layer", description=__doc__)
     parser.add_argument("--json", type=Path, help="write all samples and ratios to this file")
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--loads", default=",".join(LOADS))
     parser.add_argument("--dtypes", default=",".join(DTYPES))
