@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from moe_ext.train import base_folder
     from moe_ext.training import topology as topologies
     from moe_ext.training.build import prepare
-    from moe_ext.training.conclusion import evaluate_run, last_model
+    from moe_ext.training.conclusion import evaluate_run, last_model, measure_text_before
     from moe_ext.training.run import Run
     from moe_ext.training.tracking import Tracker
 
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"moe-ext evaluate: {given.run} has no result of stage {config.chain[-1]}; "
                 "finish the run first (moe-ext train, with the same settings)\n",
             )
+        measure_text_before(run, again=True)
         evaluate_run(run, last_model(run), again=True)
         if ranks.rank == 0:
             print(write_report(given.run))

@@ -8,38 +8,51 @@ from moe_ext.analysis.page import FROZEN, NEW, QUIET, percent
 from moe_ext.analysis.run_folder import Run
 from moe_ext.analysis.summary import peak_memory, stage_cells
 
-LOSSES = {"nll": "loss a target token", "balance": "balance loss", "z": "router z-loss"}
+LOSSES = {
+    "nll": "loss a target token",
+    "balance": "balance loss",
+    "z": "router z-loss",
+    "router_kl": "divergence from the base's routing",
+}
 """Names in the metrics and on the page; others appear under their own."""
 
 
 def training(run: Run) -> str:
     """Curves of every stage that has steps."""
-    losses: list[str] = []
-    others: list[str] = []
+    losses: list[tuple[str, list[charts.Line]]] = []
+    others: list[tuple[str, list[charts.Line]]] = []
     for stage, records in run.steps.items():
         names = dict.fromkeys(name for record in records for name in record.get("loss", {}))
         for name in names:
-            line = _curve(records, "loss", name, NEW if name not in ("balance", "z") else QUIET)
-            title = f"{stage}: {LOSSES.get(name, name)}"
+            line = _curve(records, "loss", name, NEW if name == "nll" else QUIET)
             if any(line.y):
-                chart = page.panel(title, charts.line_chart([line], "step", 360, 220))
-                (others if line.color == QUIET else losses).append(chart)
+                group = losses if name == "nll" else others
+                group.append((f"{stage}: {LOSSES.get(name, name)}", [line]))
         shares = [
             _curve(records, "new_share", name, color)
             for name, color in (("image", NEW), ("text", FROZEN))
         ]
         if any(line.x for line in shares):
-            title = f"{stage}: share of selections by new experts"
-            keys = page.legend([(line.color, f"{line.name} tokens") for line in shares])
-            others.append(page.panel(title, keys, charts.line_chart(shares, "step", 360, 196)))
+            others.append((f"{stage}: share of selections by new experts", shares))
     if not losses + others:
         return ""
     lead = (
         "Loss in nats a target token. A balance loss of 1 is an even load. Faint: each step. Bold:"
         " moving average."
     )
-    rows = [page.grid("three", group) for group in (losses, others) if group]
+    rows = [_charts(group) for group in (losses, others) if group]
     return page.section("Training", lead, page.stack(rows))
+
+
+def _charts(group: list[tuple[str, list[charts.Line]]]) -> str:
+    """A grid of as many columns as leave no gap."""
+    kind, width = ("two", 550) if len(group) in (2, 4) else ("three", 360)
+    panels = []
+    for title, lines in group:
+        named = [(line.color, f"{line.name} tokens") for line in lines] if len(lines) > 1 else []
+        chart = charts.line_chart(lines, "step", width, 196 if named else 220)
+        panels.append(page.panel(title, *([page.legend(named)] if named else []), chart))
+    return page.grid(kind, panels)
 
 
 def _curve(records: list[dict[str, Any]], group: str, name: str, color: str) -> charts.Line:

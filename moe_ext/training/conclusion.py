@@ -45,9 +45,12 @@ def text_ids(run: Run) -> torch.Tensor:
     return text_rows(texts, run.prepared.build.encode, run.config.evaluation.text_tokens)
 
 
-def measure_text_before(run: Run) -> None:
-    """Loss and hash of the base's logits on held-out text, before anything is trained."""
-    if "text_before" in agreed_parts(run):
+def measure_text_before(run: Run, again: bool = False) -> None:
+    """Loss and hash of the base's logits on held-out text, without any extension; once, unless `again`.
+
+    Another number of ranks rounds otherwise: a hash is the base's of the same placement.
+    """
+    if "text_before" in agreed_parts(run) and not again:
         return
     began = time.perf_counter()
     run.tracker.say("held-out text on the base")

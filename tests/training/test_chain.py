@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,6 +215,23 @@ def test_text_keeps_its_bits(runs):
         text = json.loads((folder / name / "summary.json").read_text())["text"]
         assert text["unchanged"]
         assert text["logits_sha256_joint"] != text["logits_sha256_after"]
+
+
+def test_evaluated_again_on_one_rank_text_is_that_base(runs, tmp_path):
+    folder, _ = runs
+    run_dir = tmp_path / "copy"
+    shutil.copytree(folder / "straight", run_dir)
+    words = ["evaluate", str(run_dir), "parallel.ep_size=1", "evaluation.splits=[heldout]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_ext.cli", *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = (
+        json.loads((path / "summary.json").read_text()) for path in (folder / "straight", run_dir)
+    )
+    assert after["text"]["unchanged"]  # hashes of this placement, base and trained
+    assert after["text"]["nll_after"] == pytest.approx(before["text"]["nll_after"], rel=1e-5)
+    assert after["heldout"]["nll_right"] == pytest.approx(before["heldout"]["nll_right"], rel=1e-4)
 
 
 def test_what_a_run_leaves(runs):
