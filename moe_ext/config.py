@@ -274,7 +274,7 @@ class DataConfig:
     """Samples within which the order is shuffled; shards are shuffled as a whole."""
     features: Features = Features.live
     bad_sample_budget: int = 100
-    """Samples that may be skipped, each logged, before the run stops."""
+    """Samples that all ranks together may skip in a stage, each logged, before the run stops."""
     shard_cache: str = ""
     """Folder of shards fetched from http(s) or s3, shared by the ranks of a machine; empty:
     `cache_dir`/shards."""
@@ -286,6 +286,9 @@ class DataConfig:
     """Tries in a row without progress before a shard is given up."""
     shards_ahead: int = 2
     """Shards downloaded at a time, by each worker, before they are needed."""
+    verify_local: bool = True
+    """Check the SHA-256 of local shards, too: each is read whole the first time this machine uses it,
+    and again after it changed. Sizes are checked in any case."""
 
 
 @dataclass

@@ -172,6 +172,11 @@ def _check_data(config: TrainConfig) -> None:
             "would not fit into a packed row; raise the first or lower the second"
         )
     at_least("data.homogeneous_span", data.homogeneous_span, 1)
+    if data.pack and data.homogeneous_span > 1:
+        raise ValueError(
+            f"data.homogeneous_span={data.homogeneous_span} with data.pack=true: a packed row takes samples of "
+            "every stream; set one of them to its default"
+        )
     at_least("data.num_workers", data.num_workers, 0)
     at_least("data.shuffle_window", data.shuffle_window, 1)
     at_least("data.bad_sample_budget", data.bad_sample_budget, 0)

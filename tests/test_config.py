@@ -90,6 +90,7 @@ def test_values_arrive_typed():
         (["extension.layers=[1,1]"], "must be different"),
         (["encoder.image.tokens_per_item=10"], "must be a square number"),
         (["data.max_length=12"], "leaves no room for text"),
+        (["data.pack=true", "data.homogeneous_span=8"], "data.homogeneous_span=8 with data.pack"),
         (["data=shards"], "data.streams.train.manifest is missing"),
         (["optim.beta2=1"], "optim.beta2=1.0"),
         (["foo=="], "Error parsing override"),

@@ -3,8 +3,9 @@
 config.json      the resolved configuration: `TrainConfig` as plain JSON
 metrics.jsonl    one JSON object a line, written by rank 0; `event` says what it is (absent: "step")
     step         {"stage", "step", "time_s", "loss": {name: nats}, "grad_norm", "learning_rate",
-                  "tokens_per_s", "data_wait_s"}; after a resume a step may appear twice, the later
-                  line counts
+                  "tokens_per_s", "data_wait_s", "real_token_share" of the step's positions,
+                  "truncated_samples" since this start}; after a resume a step may appear twice, the
+                  later line counts
     stage        one a finished stage, work outside of training (upcycle, evaluate) included:
                   {"stage", "kind", "steps", "minutes", "tokens_per_s", "trainable_parameters",
                   "total_parameters", "peak_memory_bytes": [one a rank]}; the last line of a stage
@@ -21,6 +22,7 @@ summary.json, report.html                 written here
 
 import json
 import os
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,8 @@ def record_evaluation(folder: Path | str, **parts: Any) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON beside `path` and renames it there, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
+    # ranks that fail together write at once, on any host: each has a draft of its own
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
     with open(draft, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
         file.write("\n")

@@ -2,10 +2,18 @@
 
 Every reader gives the same samples of the same shards, from the page cache, members as bytes (and in
 the second half images as decoded RGB arrays). Readers take turns, so that a busy machine slows all
-of them; the ratio is the median over rounds of ours / theirs within a round.
+of them; the ratio is the median over rounds of ours / theirs within a round. The first round, in which
+ours checks hashes and the others set themselves up, is not counted.
+
+Peers are measured where they are installed, and named where they are not. They need no torch of their own:
+    pip install --no-deps mosaicml-streaming==0.13.0 boto3 botocore s3transfer jmespath Brotli \\
+        python-snappy cramjam "xxhash<4" zstd catalogue          (and torchvision, which it imports)
+    pip install --no-deps litdata==0.2.76 lightning-utilities boto3 botocore s3transfer jmespath \\
+        tifffile obstore
 """
 
 import argparse
+import importlib.metadata
 import io
 import json
 import statistics
@@ -22,8 +30,12 @@ from PIL import Image
 
 from moe_ext.data import Manifest, ShardStream, write_shards
 from moe_ext.data.images import decode_image
+from moe_ext.data.local import LocalFiles
 
 Reader = Callable[[], Iterator[object]]
+
+PEERS = {"mosaicml_streaming": "0.13.0", "litdata": "0.2.76"}
+"""Peer -> the version that results are quoted with; another one is measured too, and named."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -80,6 +92,7 @@ def synthetic(folder: Path, num_samples: int, pixels: int) -> Path:
 def readers(manifest: Manifest, folder: Path) -> dict[str, dict[str, Reader]]:
     """Kind ("raw", "decoded") -> name -> one pass over all samples."""
     urls = [manifest.url(i) for i in range(len(manifest.shards))]
+    local = LocalFiles()  # one for all passes: hashes are checked in the first
 
     def raw_tar() -> Iterator[object]:
         for url in urls:
@@ -94,12 +107,12 @@ def readers(manifest: Manifest, folder: Path) -> dict[str, dict[str, Reader]]:
         yield from webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8")
 
     def ours(shuffle: bool) -> Iterator[dict]:
-        return ShardStream(manifest, split="all", shuffle=shuffle, window=1000).epoch()
+        stream = ShardStream(manifest, split="all", shuffle=shuffle, window=1000, local=local)
+        return stream.epoch()
 
     def decoded() -> Iterator[object]:
         for raw in ours(True):
-            name = next(k for k in raw if k in ("jpg", "png"))
-            yield np.asarray(decode_image(raw[name], "")), json.loads(raw["json"])
+            yield _decoded({"jpg": raw.get("jpg") or raw["png"], "json": raw["json"]})
 
     found: dict[str, dict[str, Reader]] = {
         "raw": {
@@ -112,9 +125,11 @@ def readers(manifest: Manifest, folder: Path) -> dict[str, dict[str, Reader]]:
     }
     for name, peer in (("mosaicml_streaming", _mosaic), ("litdata", _litdata)):
         try:
-            found["raw"][name], found["decoded"][name] = peer(manifest, folder)
+            found["raw"][name] = read = peer(manifest, folder)
         except ImportError as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
+            print(f"{name}=={PEERS[name]} is left out: {error}", file=sys.stderr)
+        else:
+            found["decoded"][name] = lambda read=read: map(_decoded, read())  # type: ignore[misc]
     return found
 
 
@@ -127,6 +142,7 @@ def measure(path: Path, folder: Path, rounds: int) -> dict:
         "bytes": sum(s.size_bytes for s in manifest.shards),
         "shards": len(manifest.shards),
         "rounds": rounds,
+        "versions": versions(),
         "samples_per_s": {},
         "ratios": {},
     }
@@ -167,43 +183,52 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _mosaic(manifest: Manifest, folder: Path) -> tuple[Reader, Reader]:
+def versions() -> dict[str, str]:
+    """Version of each peer that is installed."""
+    found = {}
+    for name in ("webdataset", *PEERS):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if found[name] != PEERS.get(name, found[name]):
+            print(f"{name} {found[name]} is not the quoted {PEERS[name]}", file=sys.stderr)
+    return found
+
+
+def _decoded(raw: dict[str, bytes]) -> tuple[np.ndarray, object]:
+    return np.asarray(decode_image(raw["jpg"], "")), json.loads(raw["json"])
+
+
+def _pairs(manifest: Manifest) -> Iterator[dict[str, bytes]]:
+    for raw in ShardStream(manifest, split="all", shuffle=False).epoch():
+        yield {"jpg": raw.get("jpg") or raw["png"], "json": raw["json"]}
+
+
+def _mosaic(manifest: Manifest, folder: Path) -> Reader:
     from streaming import MDSWriter, StreamingDataset
 
     out = str(folder / "mds")
     with MDSWriter(out=out, columns={"jpg": "bytes", "json": "bytes"}) as writer:
-        for raw in ShardStream(manifest, split="all", shuffle=False).epoch():
-            writer.write({"jpg": raw.get("jpg") or raw["png"], "json": raw["json"]})
-
-    def raw() -> Iterator[object]:
-        yield from StreamingDataset(local=out, shuffle=True, batch_size=1)
-
-    def decoded() -> Iterator[object]:
-        for sample in raw():
-            yield np.asarray(decode_image(sample["jpg"], "")), json.loads(sample["json"])  # type: ignore[index]
-
-    return raw, decoded
+        for pair in _pairs(manifest):
+            writer.write(pair)
+    dataset = StreamingDataset(local=out, shuffle=True, batch_size=1)
+    return lambda: iter(dataset)
 
 
-def _litdata(manifest: Manifest, folder: Path) -> tuple[Reader, Reader]:
+def _litdata(manifest: Manifest, folder: Path) -> Reader:
     from litdata import StreamingDataset
     from litdata.streaming.writer import BinaryWriter
 
     out = str(folder / "lit")
     writer = BinaryWriter(out, chunk_bytes="64MB")
-    for i, raw in enumerate(ShardStream(manifest, split="all", shuffle=False).epoch()):
-        writer[i] = {"jpg": raw.get("jpg") or raw["png"], "json": raw["json"]}
+    for i, pair in enumerate(_pairs(manifest)):
+        writer[i] = pair
     writer.done()
     writer.merge(1)
-
-    def raw_bytes() -> Iterator[object]:
-        yield from StreamingDataset(out, shuffle=True)
-
-    def decoded() -> Iterator[object]:
-        for sample in raw_bytes():
-            yield np.asarray(decode_image(sample["jpg"], "")), json.loads(sample["json"])  # type: ignore[index]
-
-    return raw_bytes, decoded
+    dataset = StreamingDataset(out, shuffle=True)
+    # it gives views into a mapped file; like everybody's, its samples shall be bytes
+    return lambda: ({name: bytes(data) for name, data in row.items()} for row in dataset)
 
 
 if __name__ == "__main__":

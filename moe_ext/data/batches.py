@@ -44,10 +44,6 @@ class Builder(Protocol):
     def blank(self, key: str) -> Sample: ...
 
 
-class TooManyBadSamples(RuntimeError):
-    """More samples were unusable than `data.bad_sample_budget` allows."""
-
-
 @dataclass(frozen=True)
 class Skip:
     """A sample that was left out; its position kept its place with weight zero."""
@@ -55,6 +51,21 @@ class Skip:
     position: int
     key: str
     reason: str
+
+
+class TooManyBadSamples(RuntimeError):
+    """More samples were unusable than `data.bad_sample_budget` allows."""
+
+    def __init__(self, count: int, budget: int, last: Skip):
+        super().__init__(
+            f"{count} samples could not be used, above data.bad_sample_budget={budget}; the last, at "
+            f"position {last.position}: {last.key}: {last.reason}. Mend the shards (`moe-ext shards "
+            "check` names what is wrong) or raise the budget"
+        )
+        self.count, self.budget, self.last = count, budget, last
+
+    def __reduce__(self):
+        return TooManyBadSamples, (self.count, self.budget, self.last)
 
 
 @dataclass
@@ -204,7 +215,9 @@ class Loader:
         wait_s: seconds that the last batch was waited for.
         num_truncated: samples cut to the length limit so far.
         num_tokens, num_positions: real tokens and all positions of the batches so far.
-        skips: samples left out so far, over the whole life of the run.
+        skips: samples left out so far: those of the restored state, which are all ranks', and then
+            this rank's own.
+        num_restored: how many of them came with the state.
     """
 
     def __init__(
@@ -219,10 +232,19 @@ class Loader:
         rows: Rows | None = None,
         length: int | None = None,
         bad_sample_budget: int = 100,
+        stop_alone: bool = True,
         prefetch: int = 2,
         start_method: str = "fork",
     ):
-        """`prefetch`: micro-batches ahead, a worker. `start_method` of workers: fork or spawn."""
+        """Nothing is opened yet.
+
+        Args:
+            bad_sample_budget: samples that may be left out.
+            stop_alone: raise when this rank alone has met more. False leaves it to the caller to sum
+                `num_new_skips` over ranks and to ask `over_budget`, so that all ranks stop alike.
+            prefetch: micro-batches ahead, a worker.
+            start_method: of workers, fork or spawn.
+        """
         self.batches = BatchStream(
             stream,
             build,
@@ -233,9 +255,10 @@ class Loader:
             length=length,
         )
         self.num_workers, self.prefetch, self.start_method = num_workers, prefetch, start_method
-        self.bad_sample_budget = bad_sample_budget
+        self.bad_sample_budget, self.stop_alone = bad_sample_budget, stop_alone
         self.cursor = Cursor()
         self.skips: list[Skip] = []
+        self.num_restored = 0
         self.num_truncated, self.wait_s = 0, 0.0
         self.num_tokens, self.num_positions = 0, 0
 
@@ -243,7 +266,7 @@ class Loader:
         """Batches from the current cursor on, for ever.
 
         Raises:
-            TooManyBadSamples: more than `data.bad_sample_budget` were left out.
+            TooManyBadSamples: more than `data.bad_sample_budget` were left out (with `stop_alone`).
         """
         self.batches.cursor = self.cursor
         options: dict[str, Any] = {}
@@ -280,13 +303,17 @@ class Loader:
             log.warning(
                 "skipped sample at position %d, %s: %s", skip.position, skip.key, skip.reason
             )
-        if len(self.skips) > self.bad_sample_budget:
-            last = self.skips[-1]
-            raise TooManyBadSamples(
-                f"{len(self.skips)} samples could not be used, above data.bad_sample_budget="
-                f"{self.bad_sample_budget}; the last: {last.key}: {last.reason}. Mend the shards "
-                "(`moe-ext shards check` names them) or raise the budget"
-            )
+        if self.stop_alone and self.over_budget(self.num_new_skips):
+            raise TooManyBadSamples(len(self.skips), self.bad_sample_budget, self.skips[-1])
+
+    @property
+    def num_new_skips(self) -> int:
+        """Samples that this rank has left out since it started or was restored."""
+        return len(self.skips) - self.num_restored
+
+    def over_budget(self, num_new_skips: int) -> bool:
+        """Whether the restored log and so many new skips, of all ranks, are more than the budget."""
+        return self.num_restored + num_new_skips > self.bad_sample_budget
 
     def state_dict(self) -> dict:
         """Cursor, stream identity and skip log; of JSON types. Equal on all ranks but for the log."""
@@ -312,6 +339,7 @@ class Loader:
             )
         self.cursor = Cursor(int(state["position"]), int(state["row"]))
         self.skips = [Skip(int(p), k, r) for p, k, r in state["skips"]]
+        self.num_restored = len(self.skips)
 
 
 def merge_states(states: list[dict]) -> dict:

@@ -1,5 +1,6 @@
 """From the configuration's `data` group to streams and loaders; deeper code gets numbers."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from .s3 import S3Access
 from .samples import SampleBuilder
 from .sources import prepare_openmoji
 from .streams import MixedStream, ShardStream
+
+log = logging.getLogger(__name__)
 
 
 def open_streams(
@@ -31,7 +34,7 @@ def open_streams(
     fetcher = fetcher_of(data, cache_dir)
     streams = [
         ShardStream(
-            Manifest.load(config.manifest, fetcher.read),
+            Manifest.load(config.manifest, fetcher.read, lengths_dir=Path(cache_dir) / "lengths"),
             split=config.split,
             seed=hash64(seed, number),
             window=data.shuffle_window,
@@ -74,13 +77,14 @@ def stream_configs(
 
 
 def fetcher_of(data: DataConfig, cache_dir: str | Path) -> Fetcher:
-    """What fetches remote shards, and leaves local ones where they are."""
+    """What fetches remote shards and leaves local ones where they are; both are checked once."""
     return Fetcher(
         data.shard_cache or Path(cache_dir) / "shards",
         limit_bytes=data.shard_cache_bytes,
         timeout_s=data.fetch_timeout_s,
         tries=data.fetch_tries,
         ahead=data.shards_ahead,
+        verify_local=data.verify_local,
         s3=S3Access.from_environment(os.environ),
     )
 
@@ -95,14 +99,25 @@ def open_loader(
     world_size: int,
     seed: int,
     cache_dir: str | Path = "runs/cache",
+    stop_alone: bool = True,
 ) -> Loader:
     """The endless loader of a stage's stream for one rank.
+
+    Args:
+        stop_alone: see `Loader`.
 
     Raises:
         ValueError: see `open_streams`; or a sample may not fit into a packed row.
         ManifestError: a manifest is missing, or `data.pack` finds no token lengths.
     """
     stream = open_streams(data, names, seed=seed, cache_dir=cache_dir)
+    together = sequences_per_rank * world_size
+    straddles = data.homogeneous_span > 1 and data.homogeneous_span % together
+    if straddles and rank == 0 and isinstance(stream, MixedStream):
+        log.warning(
+            "data.homogeneous_span=%d is no multiple of the %d samples of a micro-batch of all ranks: "
+            "some micro-batches hold samples of two streams", data.homogeneous_span, together,
+        )  # fmt: skip
     rows, length = None, None
     if data.pack:
         length = data.sequence_length
@@ -117,6 +132,7 @@ def open_loader(
         rows=rows,
         length=length,
         bad_sample_budget=data.bad_sample_budget,
+        stop_alone=stop_alone,
     )
 
 
@@ -126,7 +142,7 @@ def prepare_lengths(
     """Measures the token lengths that `data.pack` plans from, if missing. One process calls it."""
     stream = open_streams(data, names, seed=0, cache_dir=cache_dir)
     for source in stream.streams if isinstance(stream, MixedStream) else [stream]:
-        measure_lengths(source.manifest, build)
+        measure_lengths(source.manifest, build, local=source.files.local)
 
 
 def builtin_manifest(data: DataConfig, cache_dir: str | Path) -> Path:

@@ -1,12 +1,13 @@
 """Other people's formats -> (split, raw sample) pairs that `write_shards` takes.
 
-LLaVA JSON with an image folder, img2dataset's files, Hugging Face `imagefolder` and parquet
-folders, and CSV. Images are copied byte for byte, never decoded again.
+LLaVA JSON with an image folder, img2dataset's files, Hugging Face `imagefolder`, parquet and
+`save_to_disk` folders, and CSV. Images are copied byte for byte, never decoded again.
 """
 
 import csv
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from .images import IMAGE_SUFFIXES
 from .shards import RawSample
+
+log = logging.getLogger(__name__)
 
 
 class ConversionError(ValueError):
@@ -38,7 +41,7 @@ def convert(
         image_column, caption_column: columns of a CSV or parquet file; the usual names are found.
 
     Raises:
-        ConversionError: at the first sample that cannot be converted, by name.
+        ConversionError: at the first sample that cannot be converted, by name; or there is none at all.
     """
     source = Path(source)
     kind = kind or guess(source)
@@ -49,12 +52,16 @@ def convert(
     for name, sample in KINDS[kind](source, folder, image_column, caption_column):
         key = unique_key(name, seen)
         yield split_of(key, heldout_share), {"__key__": key, **sample}
+    if not seen:
+        raise ConversionError(
+            f"{source} holds no sample of format {kind}; name another with --format"
+        )
 
 
 def guess(source: Path) -> str:
     """The format that a path looks like."""
     if source.is_dir():
-        if any(source.rglob("*.parquet")):
+        if any(source.rglob("*.parquet")) or any(source.rglob("*.arrow")):
             return "parquet"
         return "imagefolder" if any(source.glob("metadata.*")) else "img2dataset"
     return {".json": "llava", ".jsonl": "llava", ".csv": "csv", ".tsv": "csv"}.get(
@@ -108,14 +115,21 @@ def _llava(source: Path, folder: Path, *_: str) -> Iterator[tuple[str, RawSample
 
 def _img2dataset(source: Path, folder: Path, *_: str) -> Iterator[tuple[str, RawSample]]:
     """img2dataset's `files` output: NAME.jpg beside NAME.txt and NAME.json. (Its tars: `shards index`.)"""
+    left_out = 0
     for image in _images_below(source):
         sample: RawSample = {image.suffix[1:].lower(): image.read_bytes()}
         for suffix in ("txt", "json"):
             beside = image.with_suffix(f".{suffix}")
             if beside.exists():
                 sample[suffix] = beside.read_bytes()
-        if len(sample) > 1:  # img2dataset leaves out nothing else; an image alone has no caption
+        if len(sample) > 1:
             yield str(image.relative_to(source).with_suffix("")), sample
+        else:
+            left_out += 1
+            if left_out == 1:
+                log.warning("%s has neither .txt nor .json beside it and is left out", image)
+    if left_out > 1:
+        log.warning("%d images without a caption were left out", left_out)
 
 
 def _imagefolder(
@@ -146,15 +160,26 @@ def _csv(
 def _parquet(
     source: Path, folder: Path, image_column: str, caption_column: str
 ) -> Iterator[tuple[str, RawSample]]:
-    """Parquet files of a Hugging Face data set: image columns of {"bytes", "path"}, or of paths."""
+    """Parquet or arrow files (`save_to_disk`) of a Hugging Face data set.
+
+    Image columns hold {"bytes", "path"}, or paths.
+    """
     try:
+        import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ModuleNotFoundError:
-        raise ConversionError("parquet files need `pip install pyarrow`") from None
-    files = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
-    for file in files:
-        for group in parquet.ParquetFile(file).iter_batches(256):
-            yield from _table(group.to_pylist(), folder, image_column, caption_column, str(file))
+        raise ConversionError("parquet and arrow files need `pip install pyarrow`") from None
+    found = (p for p in source.rglob("*") if p.suffix in (".parquet", ".arrow"))
+    for file in sorted(found) if source.is_dir() else [source]:
+        if file.suffix == ".arrow":
+            with arrow.memory_map(str(file)) as mapped:
+                for batch in arrow.ipc.open_stream(mapped):
+                    yield from _table(
+                        batch.to_pylist(), folder, image_column, caption_column, str(file)
+                    )
+            continue
+        for batch in parquet.ParquetFile(file).iter_batches(256):
+            yield from _table(batch.to_pylist(), folder, image_column, caption_column, str(file))
 
 
 KINDS: dict[str, Callable[..., Iterator[tuple[str, RawSample]]]] = {

@@ -6,7 +6,6 @@ Every wait is bounded: a server that stalls, trickles or fails ends in a `ShardE
 """
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import logging
@@ -16,13 +15,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .manifest import Shard, file_sha256
+from .local import LocalFiles, file_lock
+from .manifest import Shard, file_sha256, is_remote
 from .s3 import S3Access
 from .shards import ShardError, local_path, open_stream
 
@@ -56,9 +55,12 @@ class Fetcher:
     """Wait before the second try; doubled each time, up to 30 s."""
     ahead: int = 2
     """Shards downloaded at a time in the background before they are needed; 0: none."""
+    verify_local: bool = True
+    """Check the hash of a local shard, too, when the processes that share the cache first read it."""
     s3: S3Access = field(default_factory=S3Access)
 
     def __post_init__(self) -> None:
+        self.local = LocalFiles(Path(self.cache_dir) / "checked") if self.verify_local else None
         self._forget_threads()
 
     def _forget_threads(self) -> None:
@@ -75,30 +77,30 @@ class Fetcher:
         self._forget_threads()
 
     def __call__(self, url: str, shard: Shard | None = None) -> str:
-        """Path of the file at `url`; what `shard` says of size and hash is checked on first fetch.
+        """Path of the file at `url`; what `shard` says of size and hash is checked at first.
 
         Raises:
             ShardError: it cannot be had, or is not what `shard` says, after all tries.
         """
         if not is_remote(url):
-            return local_path(url)
+            return self.local(url, shard) if self.local else local_path(url)
         path = self.path_of(url)
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)  # last used: now
             return str(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_name(path.name + ".lock")):
+        with file_lock(path):
             if not path.exists():
                 self._download(url, shard, path)
         self._evict(keep=path)
         return str(path)
 
     def expect(self, shards: list[tuple[str, Shard]]) -> None:
-        """Starts to fetch what will be needed soon; failures show when it is needed."""
+        """Starts to fetch, or check, what will be needed soon; failures show when it is needed."""
         if self.process != os.getpid():
             self._forget_threads()  # they stayed in the parent when a worker was forked
         for url, shard in shards:
-            if not is_remote(url) or url in self.pending or self.path_of(url).exists():
+            if url in self.pending or self._is_ready(url, shard):
                 continue
             self.pending.add(url)
             self.queue.put((url, shard))
@@ -106,6 +108,13 @@ class Fetcher:
                 self.num_threads += 1
                 # daemons: a process that ends does not wait for downloads
                 threading.Thread(target=self._fetch_ahead, daemon=True).start()
+
+    def _is_ready(self, url: str, shard: Shard) -> bool:
+        if is_remote(url):
+            return self.path_of(url).exists()
+        with contextlib.suppress(OSError):  # a missing file is named when it is needed
+            return self.local is None or self.local.knows(local_path(url), shard)
+        return True
 
     def read(self, url: str) -> bytes:
         """A small file whole, uncached: a manifest or its index.
@@ -224,6 +233,7 @@ class Fetcher:
 
     def _open(self, url: str, start: int) -> Any:
         headers = {"Range": f"bytes={start}-"} if start else {}
+        named = url
         if url.startswith("s3://"):
             url, headers = self.s3.request(url, headers)
         elif not url.startswith(("http://", "https://")):
@@ -243,16 +253,16 @@ class Fetcher:
                     f"HTTP {error.code}", float(after) if after.isdigit() else 0.0
                 ) from None
             if error.code == 416:  # the .part is longer than the file: begin anew
-                raise ShardError(f"{url}: shorter than the part already here") from None
+                raise ShardError(f"{named}: shorter than the part already here") from None
             if error.code == 404:
-                raise FileNotFoundError(f"{url}: HTTP 404, not found") from None
-            raise ShardError(f"{url}: HTTP {error.code} {error.reason}") from None
+                raise FileNotFoundError(f"{named}: HTTP 404, not found") from None
+            raise ShardError(f"{named}: HTTP {error.code} {error.reason}") from None
 
     def _evict(self, keep: Path) -> None:
         """Removes least recently used files until the cache is within its limit."""
         if not self.limit_bytes:
             return
-        with _lock(Path(self.cache_dir) / ".lock"):
+        with file_lock(Path(self.cache_dir) / "cache"):
             files = []
             for path in Path(self.cache_dir).glob("??/*"):
                 if path.suffix not in (".lock", ".part"):
@@ -268,11 +278,6 @@ class Fetcher:
                     used -= size
 
 
-def is_remote(url: str) -> bool:
-    scheme = urlsplit(url).scheme
-    return bool(scheme) and scheme != "file"
-
-
 def _extent(response: Any, start: int) -> tuple[int, int | None]:
     """(first byte of this answer, bytes of the whole file or None if the server does not say)."""
     headers = getattr(response, "headers", None)
@@ -284,15 +289,3 @@ def _extent(response: Any, start: int) -> tuple[int, int | None]:
         return int(span.partition("-")[0]), int(total) if total.isdigit() else None
     length = headers.get("Content-Length")
     return 0, int(length) if length and length.isdigit() else None
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one thread of one process of this machine; a killed holder's lock is free again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(f, fcntl.LOCK_UN)

@@ -3,7 +3,8 @@
 A manifest is two files that travel together. `NAME.json` names the shards with size, SHA-256 and
 number of samples, the splits, licence and attribution. `NAME.index.npz` holds one row a sample, in
 shard order: byte offset, bytes and split. Token lengths, which depend on a tokenizer and a prompt, lie in
-a third file for each way of building samples, `NAME.lengths-FINGERPRINT.npy`.
+a third file for each way of building samples, `NAME.lengths-FINGERPRINT.npy`; those of a remote manifest
+that were measured here lie in a folder of this machine's.
 """
 
 import hashlib
@@ -62,6 +63,8 @@ class Manifest:
     name: str = ""
     """File name of the manifest without its ending."""
     read_bytes: Callable[[str], bytes] = field(default=read_local, repr=False)
+    lengths_dir: str = ""
+    """Folder for token lengths measured here, when the manifest's own place is remote."""
 
     @property
     def num_samples(self) -> int:
@@ -117,17 +120,35 @@ class Manifest:
         Raises:
             ManifestError: nobody has measured them yet.
         """
-        place = resolve(self.base, lengths_file(self.name, fingerprint))
-        try:
-            length_N = np.load(io.BytesIO(self.read_bytes(place)), allow_pickle=False)
-        except (OSError, ValueError):
-            length_N = None
-        if length_N is None or length_N.shape != (self.num_samples,):
+        places = [resolve(self.base, lengths_file(self.name, fingerprint))]
+        if (own := str(self.lengths_path(fingerprint))) not in places:
+            places.append(own)
+        for place in places:
+            try:
+                data = Path(place).read_bytes() if place == own else self.read_bytes(place)
+                length_N = np.load(io.BytesIO(data), allow_pickle=False)
+            except (OSError, ValueError):
+                continue
+            if length_N.shape == (self.num_samples,):
+                return length_N
+        raise ManifestError(
+            f"data.pack=true plans from token lengths, and {' or '.join(places)} does not hold them; write it "
+            "with `moe-ext shards index --tokenizer` or `measure_lengths`, or set data.pack=false"
+        )
+
+    def lengths_path(self, fingerprint: str) -> Path:
+        """Where token lengths measured on this machine are kept.
+
+        Raises:
+            ManifestError: the manifest is remote and was loaded without `lengths_dir`.
+        """
+        if not is_remote(self.base):
+            return Path(resolve(self.base, lengths_file(self.name, fingerprint)))
+        if not self.lengths_dir:
             raise ManifestError(
-                f"data.pack=true plans from token lengths, and {place} does not hold them; write it with "
-                "`moe-ext shards index --tokenizer` or `measure_lengths`, or set data.pack=false"
+                f"token lengths cannot be written to {self.base}; load the manifest with lengths_dir"
             )
-        return length_N
+        return Path(self.lengths_dir) / lengths_file(self.identity[:20], fingerprint)
 
     def save(self, path: str | Path) -> Path:
         """Writes `path` (.json) and the index beside it, each by one rename; the JSON comes last."""
@@ -149,7 +170,13 @@ class Manifest:
         return path
 
     @classmethod
-    def load(cls, path: str | Path, read: Callable[[str], bytes] = read_local) -> "Manifest":
+    def load(
+        cls,
+        path: str | Path,
+        read: Callable[[str], bytes] = read_local,
+        *,
+        lengths_dir: str | Path = "",
+    ) -> "Manifest":
         """The manifest at a path, or at a URL that `read(url) -> bytes` can fetch.
 
         Raises:
@@ -183,6 +210,7 @@ class Manifest:
             base=base,
             name=place.rsplit("/", 1)[-1].removesuffix(".json"),
             read_bytes=read,
+            lengths_dir=str(lengths_dir),
         )
         if not int(manifest.starts[-1]) == manifest.num_samples == head["num_samples"]:
             raise ManifestError(f"{place}: shards and index disagree on the number of samples")
@@ -198,6 +226,12 @@ def resolve(base: str, url: str) -> str:
     if urlsplit(url).scheme or os.path.isabs(url):
         return url
     return posixpath.join(base, url)
+
+
+def is_remote(url: str) -> bool:
+    """Whether a url is not a file of this machine."""
+    scheme = urlsplit(url).scheme
+    return bool(scheme) and scheme != "file"
 
 
 def file_sha256(path: str | Path) -> str:

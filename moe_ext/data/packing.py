@@ -6,16 +6,21 @@ rank and worker makes the same one without talking, and a cursor is a window and
 """
 
 import bisect
+import hashlib
+import logging
 from pathlib import Path
 
 import numpy as np
 
-from .manifest import Manifest, atomic_file, lengths_file
+from .local import LocalFiles
+from .manifest import Manifest, atomic_file
 from .order import Cache, permutation
 from .rows import Cursor
 from .samples import SampleBuilder
-from .shards import BadSample, ShardFiles
+from .shards import BadSample, Local, ShardFiles
 from .streams import MixedStream, ShardStream
+
+log = logging.getLogger(__name__)
 
 
 class PackedRows:
@@ -45,11 +50,17 @@ class PackedRows:
         self.fingerprint = build.fingerprint
         sources = stream.streams if isinstance(stream, MixedStream) else [stream]
         self.length_of = {s.name: s.manifest.lengths(self.fingerprint) for s in sources}
+        digest = hashlib.sha256()
+        for length_N in self.length_of.values():
+            digest.update(np.ascontiguousarray(length_N, np.int32).tobytes())
+        self.lengths_hash = digest.hexdigest()[:16]
         self._plan = Cache(self._pack, 64)
 
     @property
     def identity(self) -> str:
-        return f"packed/{self.length}/{self.window}/{self.seed}/{self.fingerprint}"
+        return (
+            f"packed/{self.length}/{self.window}/{self.seed}/{self.fingerprint}/{self.lengths_hash}"
+        )
 
     def room(self, position: int) -> int:
         """Tokens planned for the sample at a position; a bad one still takes one."""
@@ -95,22 +106,34 @@ def best_fit(lengths: list[int], room: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
-def measure_lengths(manifest: Manifest | str | Path, build: SampleBuilder) -> Path:
+def measure_lengths(
+    manifest: Manifest | str | Path, build: SampleBuilder, *, local: Local | None = None
+) -> Path:
     """Path of the file with the token length of every sample, measured now unless it is there.
 
-    Reads every shard once. A sample that cannot be used counts as 0 tokens.
+    Reads every shard once, by `local` (a `Fetcher`, for remote ones). A sample that cannot be used
+    counts as 0 tokens; how many there were is logged.
+
+    Raises:
+        ManifestError: the manifest is remote and was loaded without `lengths_dir`.
     """
     manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
-    path = Path(manifest.base) / lengths_file(manifest.name, build.fingerprint)
+    path = manifest.lengths_path(build.fingerprint)
     if path.exists():
         return path
-    files = ShardFiles(manifest)
+    files = ShardFiles(manifest, local=local or LocalFiles())
     length_N = np.zeros(manifest.num_samples, np.int32)
+    bad: list[BadSample] = []
     for sample in range(manifest.num_samples):
         try:
             length_N[sample] = build.count_tokens(files.read(sample))
-        except BadSample:
-            continue  # the loader will meet it again, and name it
+        except BadSample as error:  # the loader will meet it again, and name it
+            bad.append(error)
+    if bad:
+        log.warning(
+            "%d samples of %s could not be measured, the first: %s; once they are mended, remove %s",
+            len(bad), manifest.name, bad[0], path,
+        )  # fmt: skip
     with atomic_file(path) as f:
         np.save(f, length_N, allow_pickle=False)
     return path

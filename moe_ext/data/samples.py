@@ -21,6 +21,9 @@ from .chat import Piece, render
 from .images import MAX_PIXELS, decode_features, decode_image, image_members
 from .shards import BadSample, RawSample
 
+UNUSABLE = "moe_ext.unusable"
+"""Key of a `json` member that stands for a sample known to be bad (in cached features): the reason."""
+
 
 @dataclass
 class Sample:
@@ -117,6 +120,8 @@ class SampleBuilder:
         """The sample as pieces (text or image, target or not) and the bytes of its images."""
         key = str(raw.get("__key__", "?"))
         content = read_json(raw, key)
+        if UNUSABLE in content:
+            raise BadSample(key, str(content[UNUSABLE]))
         images = [raw[name] for name in image_members(raw)]
         if "conversations" in content:
             pieces = render(

@@ -20,7 +20,7 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 from webdataset.writer import ShardWriter, TarWriter
 
-from .manifest import Manifest, Shard, atomic_file, file_sha256
+from .manifest import Manifest, Shard, atomic_file, file_sha256, is_remote
 
 RawSample = dict[str, Any]
 """Member suffix ("png", "json") -> bytes, plus `__key__` (str) and `__url__` (str)."""
@@ -147,7 +147,7 @@ def index_shards(
 ) -> Path:
     """Path of the manifest of existing shards, each read once from end to end.
 
-    `local(url)` gives a readable local path of a shard.
+    `local(url)` gives a readable local path of a shard: a `Fetcher`, for remote ones.
     """
     manifest_path = Path(manifest_path)
     shards: list[Shard] = []
@@ -159,10 +159,11 @@ def index_shards(
         for key, offset, nbytes in index_tar(path):
             split = names.setdefault(split_of(key), len(names))
             rows.append((offset, nbytes, split))
-        try:
-            shown = str(Path(url).resolve().relative_to(manifest_path.parent.resolve()))
-        except ValueError:
-            shown = url
+        shown = url
+        if not is_remote(url):  # below the manifest's folder: the two can move together
+            here = Path(path).resolve()
+            folder = manifest_path.parent.resolve()
+            shown = str(here.relative_to(folder) if here.is_relative_to(folder) else here)
         shards.append(Shard(shown, os.path.getsize(path), file_sha256(path), len(rows) - before))
     table = np.array(rows, dtype=np.int64).reshape(-1, 3)
     manifest = Manifest(

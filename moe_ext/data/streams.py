@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .manifest import Manifest
+from .local import LocalFiles
+from .manifest import Manifest, read_local
 from .order import Mixture, Order
-from .shards import BadSample, Local, RawSample, ShardFiles, local_path
+from .shards import BadSample, Local, RawSample, ShardFiles
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,12 @@ class ShardStream:
         window: int = 4096,
         shuffle: bool = True,
         name: str = "data",
-        local: Local = local_path,
+        local: Local | None = None,
     ):
-        self.manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
+        """`local`: a `Fetcher` for remote shards; by default `LocalFiles`, which checks every shard once."""
+        if not isinstance(manifest, Manifest):
+            manifest = Manifest.load(manifest, getattr(local, "read", read_local))
+        self.manifest = manifest
         self.order = Order(
             self.manifest.select(split),
             self.manifest.starts,
@@ -43,7 +47,7 @@ class ShardStream:
             shuffle=shuffle,
         )
         self.name, self.split = name, split
-        self.files = ShardFiles(self.manifest, local=local)
+        self.files = ShardFiles(self.manifest, local=local or LocalFiles())
         self.expect = getattr(local, "expect", None)  # a Fetcher's: what will be needed soon
         self.expected = -1
 

@@ -22,7 +22,8 @@ from moe_ext.config import DataConfig, Features, StreamConfig, TrainConfig
 from moe_ext.data import BadSample, Manifest, ManifestError, SampleBuilder, index_shards
 from moe_ext.data.configured import fetcher_of, stream_configs
 from moe_ext.data.images import image_members
-from moe_ext.data.shards import Local, RawSample, ShardFiles, write_tar
+from moe_ext.data.samples import UNUSABLE
+from moe_ext.data.shards import Local, RawSample, ShardError, ShardFiles, write_tar
 from moe_ext.model.encoders import Encoder, encoder_sha256
 from moe_ext.training.topology import Topology
 
@@ -131,7 +132,11 @@ def _converted(
     build: SampleBuilder,
     dtype: np.dtype,
 ) -> Iterator[RawSample]:
-    """A shard's samples with features for images. What cannot be used stays so, in its place."""
+    """A shard's samples with features for images. What cannot be used stays so, in its place.
+
+    Raises:
+        ShardError: the whole shard cannot be read: the cache would keep for ever what may be a passing fault.
+    """
     first, last = int(source.starts[number]), int(source.starts[number + 1])
     waiting: list[tuple[RawSample, list[str]]] = []
     pixels: list[torch.Tensor] = []
@@ -143,7 +148,12 @@ def _converted(
             pixels += [build.encoder_input(raw[name], str(raw["__key__"])) for name in names]
             members = names
         except BadSample as error:
-            stub = json.dumps({"error": error.reason}).encode()
+            if number in files.broken:
+                raise ShardError(
+                    f"features of {error.key} cannot be cached: {error.reason}; mend the shard, leave it out "
+                    "of the manifest (`moe-ext shards index`), or set data.features=live"
+                ) from None
+            stub = json.dumps({UNUSABLE: error.reason}).encode()
             raw = {"__key__": f"bad-{number:06d}-{sample - first:06d}", "json": stub}
         waiting.append((raw, members))
         if len(pixels) >= IMAGES_AT_ONCE or sample == last - 1:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_ext.config import StageConfig
-from moe_ext.data import Loader
+from moe_ext.data import Loader, Skip, TooManyBadSamples
 from moe_ext.model.losses import balance_loss, router_kl, selection_counts, z_loss
 from moe_ext.model.multimodal import Output
 from moe_ext.training.engine import Engine
@@ -84,6 +84,7 @@ def train(
 
     Raises:
         TooManyBadSteps: more than `stage.max_bad_steps` in a row.
+        TooManyBadSamples: more than `data.bad_sample_budget`, on all ranks in the same step.
     """
     device = engine.topology.device
     with_losses = balance_choice is not None or any(_coefficients(stage))
@@ -103,8 +104,13 @@ def train(
                 float(sum(batch.num_tokens for batch in micro_batches)),
                 float(stop.requested),
                 wait_s,
+                float(loader.num_new_skips),
+                float(sum(batch.input_ids.numel() for batch in micro_batches)),
+                float(loader.num_truncated),
             ]
-            num_targets, num_tokens, stop_votes, wait_sum_s = _sum_over_ranks(counts, device)
+            sums = sum_over_ranks(counts, device)
+            num_targets, num_tokens, stop_votes, wait_sum_s, skips, positions, truncated = sums
+            check_bad_samples(loader, int(skips))
 
             # Shares of the loss: over ranks and micro-batches they sum to the step's loss.
             choices: dict[int, Tensor] = {}
@@ -155,6 +161,8 @@ def train(
                     "learning_rate": learning_rate,
                     "tokens_per_s": num_tokens / took_s,
                     "data_wait_s": wait_sum_s / engine.topology.world_size,
+                    "real_token_share": num_tokens / positions,
+                    "truncated_samples": int(truncated),
                     "skipped": position.bad_steps,
                     **experts,
                 }
@@ -176,7 +184,25 @@ def train(
     return True
 
 
-def _sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+def check_bad_samples(loader: Loader, num_new_skips: int) -> None:
+    """Stops all ranks alike once they have left out too many samples together. A collective.
+
+    Args:
+        num_new_skips: `loader.num_new_skips` summed over ranks, so that all decide the same.
+
+    Raises:
+        TooManyBadSamples: the same on every rank.
+    """
+    if not loader.over_budget(num_new_skips):
+        return
+    logs: list[list[Skip]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(logs, loader.skips)
+    last = max((skip for log in logs for skip in log), key=lambda skip: skip.position)
+    count = loader.num_restored + num_new_skips
+    raise TooManyBadSamples(count, loader.bad_sample_budget, last)
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()

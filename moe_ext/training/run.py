@@ -18,7 +18,10 @@ from moe_ext.training.signals import StopFlag
 from moe_ext.training.topology import Topology
 from moe_ext.training.tracking import Tracker
 
-FREE = ("num_workers", "bad_sample_budget")
+FREE = (
+    "num_workers", "bad_sample_budget", "verify_local",
+    "shard_cache", "shard_cache_bytes", "shards_ahead", "fetch_timeout_s", "fetch_tries",
+)  # fmt: skip
 """Settings that change nothing about a result."""
 
 
@@ -60,12 +63,12 @@ class Run:
         whole = to_plain(asdict(self.config))
         stage = {k: v for k, v in whole["stages"][name].items() if k != "checkpoint_every"}
         parts = ("seed", "base", "encoder", "connector", "extension", "data", "optim")
-        return {"stage": stage} | {
-            part: {k: v for k, v in whole[part].items() if k not in FREE}
-            if isinstance(whole[part], dict)
-            else whole[part]
-            for part in parts
-        }
+        return {"stage": stage} | {part: without_free(whole[part]) for part in parts}
+
+
+def without_free(part: Any) -> Any:
+    """A part of the settings without those that change nothing."""
+    return {k: v for k, v in part.items() if k not in FREE} if isinstance(part, dict) else part
 
 
 def check_identity(run: Run, name: str, source: Published) -> None:
@@ -74,7 +77,8 @@ def check_identity(run: Run, name: str, source: Published) -> None:
     Raises:
         ValueError: naming the first setting that differs.
     """
-    theirs, ours = source.state["identity"], run.identity(name)
+    theirs = {part: without_free(value) for part, value in source.state["identity"].items()}
+    ours = run.identity(name)
     if theirs == ours:
         return
     keys = [

@@ -177,6 +177,7 @@ def train_stage(
         world_size=topology.world_size,
         seed=config.seed * 1000 + index,
         cache_dir=config.cache_dir,
+        stop_alone=False,
     )
     position = Position()
     if interrupted is not None:

@@ -12,6 +12,7 @@ from moe_ext.config import RowInit, StageConfig, StageKind
 from moe_ext.data.configured import open_loader
 from moe_ext.model.extend import add_extension, base_sha256
 from moe_ext.model.multimodal import MultimodalMoE
+from moe_ext.training.loop import check_bad_samples, sum_over_ranks
 from moe_ext.training.run import Run
 
 PROBE_FILE = "probe.json"
@@ -41,11 +42,14 @@ def probe_batches(run: Run, stream: str, samples: int) -> Iterator[Batch]:
         world_size=topology.world_size,
         seed=config.seed,
         cache_dir=config.cache_dir,
+        stop_alone=False,
     )
     loader.num_workers = 0
     batches = iter(loader)
     for _ in range(-(-samples // (together * topology.world_size))):
         yield next(batches).to(topology.device)
+    new_skips = sum_over_ranks([float(loader.num_new_skips)], topology.device)[0]
+    check_bad_samples(loader, int(new_skips))
 
 
 def write_probe(run: Run, before: Measured, after: Measured, samples: int) -> None:

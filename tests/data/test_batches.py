@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from moe_ext.data import (
     collate,
     merge_states,
 )
+from moe_ext.data.manifest import file_sha256
 from tests.data.inputs import make_pairs, pair, to_pixels
 
 
@@ -137,6 +139,8 @@ def damaged(pairs, tmp_path):
         block = f.read(int(manifest.nbytes_N[8]))
         f.seek(int(manifest.offset_N[8]))
         f.write(block.replace(b"IHDR", b"XXXX"))
+    manifest.shards[1] = replace(manifest.shards[1], sha256=file_sha256(manifest.url(1)))
+    manifest.save(tmp_path / "copy" / pairs.name)
     with open(manifest.url(3), "ab") as f:
         f.write(b"more")
     return tmp_path / "copy" / pairs.name

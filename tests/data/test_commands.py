@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 
-from moe_ext.data import Manifest, SampleBuilder, ShardStream
+from moe_ext.config import DataConfig, StreamConfig
+from moe_ext.data import Manifest, SampleBuilder, ShardStream, open_loader
 from moe_ext.data.commands import main
 from moe_ext.data.convert import split_of
+from tests.data.fault_server import FaultServer
 from tests.data.inputs import png, to_pixels
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Seven."}]
@@ -79,7 +81,8 @@ def test_make(write, folder, tmp_path, tokenizer, capsys):
     assert main(["check", str(out / "shard.json")]) == 0
 
 
-def test_make_from_parquet(tmp_path, tokenizer):
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_make_from_hugging_face_files(tmp_path, kind):
     arrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -87,9 +90,25 @@ def test_make_from_parquet(tmp_path, tokenizer):
         "image": [{"bytes": png(i), "path": f"{i}.png"} for i in range(3)],
         "caption": ["x", "y", "z"],
     }
-    parquet.write_table(arrow.table(rows), tmp_path / "a.parquet")
-    assert main(["make", str(tmp_path), str(tmp_path / "out")]) == 0
-    assert len(ShardStream(tmp_path / "out" / "shard.json")) == 3
+    (tmp_path / "in").mkdir()
+    if kind == "parquet":
+        parquet.write_table(arrow.table(rows), tmp_path / "in" / "a.parquet")
+    else:  # what datasets.save_to_disk writes
+        table = arrow.table(rows)
+        file = tmp_path / "in" / "data-00000-of-00001.arrow"
+        with arrow.OSFile(str(file), "wb") as f, arrow.ipc.new_stream(f, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    assert main(["make", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    raws = list(ShardStream(tmp_path / "out" / "shard.json", shuffle=False).epoch())
+    assert [json.loads(raw["json"])["caption"] for raw in raws] == ["x", "y", "z"]
+    assert [raw["png"] for raw in raws] == [png(i) for i in range(3)]
+
+
+def test_a_source_without_samples_is_refused(tmp_path, folder, capsys, caplog):
+    assert main(["make", str(folder), str(tmp_path / "out")]) == 2
+    assert "holds no sample of format img2dataset" in capsys.readouterr().err
+    assert "12 images without a caption" in caplog.text
+    assert not (tmp_path / "out" / "shard.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -155,3 +174,64 @@ def test_look(pairs, tmp_path):
     assert "http" not in page.replace("http-equiv", ""), "self-contained"
     assert main(["look", str(pairs), "--out", str(out), "--split", "nothing"]) == 2
     assert main(["look", str(tmp_path / "none.json")]) == 2
+
+
+def test_check_and_look_at_remote_shards(pairs, tmp_path, capsys):
+    cache = ["--cache", str(tmp_path / "cache")]
+    with FaultServer(pairs.parent) as server:
+        url = server.url("ok", pairs.name)
+        assert main(["check", url, *cache]) == 0
+        assert "9 shards, 60 samples (heldout 12, train 48)" in capsys.readouterr().out
+        out = tmp_path / "page.html"
+        assert main(["look", url, "--count", "7", "--out", str(out), *cache]) == 0
+        assert out.read_text().count("data:image/jpeg") == 7
+        assert main(["check", server.url("404", pairs.name), *cache]) == 2
+        assert "/404/shard.json" in capsys.readouterr().err
+        garbage = server.url("garbage", "shard-000003.tar")
+        content = json.loads(pairs.read_text())
+        for shard in content["shards"]:
+            shard["url"] = server.url("ok", shard["url"])
+        content["shards"][3]["url"] = garbage
+        bad = tmp_path / pairs.name
+        bad.write_text(json.dumps(content))
+        shutil.copy(pairs.with_suffix(".index.npz"), tmp_path)
+        assert main(["check", str(bad), *cache]) == 1
+        assert f"{garbage}: {garbage}: twice fetched whole" in capsys.readouterr().out
+
+
+def test_index_of_remote_tars_and_of_their_lengths(pairs, tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    cache = ["--cache", str(tmp_path / "cache")]
+    sizes = ["--tokenizer", str(tmp_path / "tokenizer"), "--prompt", "A", "--tokens-per-item", "4"]
+    build = SampleBuilder(tokenizer, to_pixels, 4, prompt="A")
+    with FaultServer(pairs.parent) as server:
+        tars = [server.url("ok", f"shard-{i:06d}.tar") for i in range(9)]
+        mine = tmp_path / "mine.json"
+        assert main(["index", *tars, "--manifest", str(mine), *sizes, *cache]) == 0
+        assert [s.url for s in Manifest.load(mine).shards] == tars
+        # of a manifest that is remote itself, lengths are kept on this machine
+        url = server.url("ok", pairs.name)
+        assert main(["index", "--manifest", url, *sizes, *cache]) == 0
+        data = DataConfig(
+            streams={"train": StreamConfig(manifest=url)}, pack=True, num_workers=0,
+            shard_cache=str(tmp_path / "cache" / "shards"),
+        )  # fmt: skip
+        loader = open_loader(
+            data, "train", build, sequences_per_rank=1, rank=0, world_size=1, seed=0,
+            cache_dir=tmp_path / "cache",
+        )  # fmt: skip
+        assert len(next(iter(loader)).sample_keys) > 5
+
+
+def test_tars_elsewhere_are_named_by_their_whole_path(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(pairs.parent)
+    manifest = tmp_path / "elsewhere" / "mine.json"
+    assert main(["index", "shard-000000.tar", "--manifest", str(manifest)]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert next(ShardStream(manifest, shuffle=False).epoch())["__key__"] == "s00000"
+
+
+def test_a_config_without_settings_is_refused(pairs, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("name: x")
+    assert main(["index", "--manifest", str(pairs), "--config", str(tmp_path / "a.yaml")]) == 2
+    assert "moe-ext train ... --show" in capsys.readouterr().err

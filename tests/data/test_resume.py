@@ -45,7 +45,8 @@ class Setting:
         self.stream = train
         if "mixed" in kind:
             heldout = ShardStream(pairs, split="heldout", seed=2, window=5, name="heldout")
-            self.stream = MixedStream([train, heldout], [3.0, 1.0], seed=4)
+            span = 6 if "homogeneous" in kind else 1
+            self.stream = MixedStream([train, heldout], [3.0, 1.0], seed=4, span=span)
         self.rows = self.length = None
         if "packed" in kind:
             self.length = 100
@@ -73,7 +74,7 @@ class Setting:
                 return keys
 
 
-KINDS = ("single", "packed", "mixed", "mixed packed")
+KINDS = ("single", "packed", "mixed", "mixed packed", "mixed homogeneous")
 
 
 @pytest.fixture(scope="module")

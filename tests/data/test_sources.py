@@ -9,8 +9,17 @@ import pytest
 from PIL import Image
 
 from moe_ext.config import DataConfig
-from moe_ext.data import Manifest, ShardStream, open_streams, prepare_builtin, python_docs
+from moe_ext.data import (
+    Manifest,
+    SampleBuilder,
+    ShardStream,
+    open_loader,
+    open_streams,
+    prepare_builtin,
+    python_docs,
+)
 from moe_ext.data.sources import SPLITS, openmoji_drawings, prepare_openmoji, split_openmoji
+from tests.data.inputs import make_tokenizer, to_pixels
 
 TONE = re.compile(r"( (medium-light|medium-dark|light|medium|dark) skin tone)+")
 
@@ -111,7 +120,7 @@ def test_drawn_shards(tmp_path, monkeypatch):
     assert Manifest.load(path).info["settings"]["size"] == 32
 
 
-def test_streams_of_the_configuration(tmp_path, monkeypatch):
+def test_streams_of_the_configuration(tmp_path, monkeypatch, caplog):
     import moe_ext.data.sources as sources
 
     few = split_openmoji(openmoji_drawings(), limit=8, concepts=3, pairs=2)
@@ -122,6 +131,29 @@ def test_streams_of_the_configuration(tmp_path, monkeypatch):
     assert len(open_streams(data, "heldout_concept", seed=0, cache_dir=tmp_path)) == 3
     mixed = open_streams(data, "train+heldout", seed=0, cache_dir=tmp_path)
     assert {mixed.place(p).stream for p in range(20)} == {"train", "heldout"}
+    # one source a micro-batch of all ranks, and a warning where that cannot be
+    data.homogeneous_span, data.num_workers = 12, 0
+    build = SampleBuilder(make_tokenizer(), to_pixels, 4, max_length=128)
+    sources = set()
+    for rank in range(2):
+        loader = open_loader(
+            data, "train+heldout", build, sequences_per_rank=3, rank=rank, world_size=2, seed=0,
+            cache_dir=tmp_path,
+        )  # fmt: skip
+        stream = loader.batches.stream
+        for step, batch in zip(range(40), loader, strict=False):
+            places = [stream.place(6 * step + 3 * rank + i) for i in range(3)]
+            raws = [stream.raw(6 * step + 3 * rank + i) for i in range(3)]
+            assert batch.sample_keys == [raw["__key__"] for raw in raws]
+            assert len({place.stream for place in places}) == 1
+            sources.add((step, places[0].stream))
+    assert len(sources) == 40 and len({source for _, source in sources}) == 2
+    assert "homogeneous_span" not in caplog.text
+    open_loader(
+        data, "train+heldout", build, sequences_per_rank=5, rank=0, world_size=1, seed=0,
+        cache_dir=tmp_path,
+    )  # fmt: skip
+    assert "data.homogeneous_span=12 is no multiple of the 5 samples" in caplog.text
     with pytest.raises(ValueError, match=r"data\.streams"):
         open_streams(DataConfig(), "train", seed=0)
     with pytest.raises(ValueError, match="not known"):

@@ -7,9 +7,11 @@ import pytest
 import torch.distributed as dist
 
 from moe_ext.compose import CONF_DIR, load
+from moe_ext.data import write_shards
 from moe_ext.train import run
 from moe_ext.training.engine import Engine
 from moe_ext.training.topology import Ranks
+from tests.data.inputs import pair
 from tests.ranks import RankError, run_ranks
 from tests.training.tiny import make_inputs, overrides
 
@@ -81,3 +83,25 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_configured(folder):
     assert status["error"].startswith("rank 0")
     code, _ = json.loads((folder / "hangs" / "rank-0.json").read_text())
     assert code == 1
+
+
+def _bad(folder):
+    manifest = f"data.streams.train.manifest={folder}/bad/shard.json"
+    _start(folder, "bad", manifest, "data.bad_sample_budget=5", "connector.closed_form_samples=0")
+
+
+def test_too_many_bad_samples_end_the_run_by_name(folder):
+    """Half of them on each rank: neither alone is above the budget."""
+    write_shards(
+        (("train", {**pair(i), **({} if i % 2 else {"png": b"broken"})}) for i in range(80)),
+        folder / "bad",
+    )
+    with pytest.raises(RankError, match="SystemExit"):
+        run_ranks(_bad, 2, folder, timeout_s=240)
+    status = _status(folder, "bad")
+    assert status["state"] == "failed"
+    assert "TooManyBadSamples: 6 samples could not be used" in status["error"]
+    assert "data.bad_sample_budget=5" in status["error"]
+    for rank in (0, 1):
+        code, seconds = json.loads((folder / "bad" / f"rank-{rank}.json").read_text())
+        assert code == 1 and seconds < 60

@@ -5,17 +5,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from moe_ext.compose import CONF_DIR, load
 from moe_ext.config import DataConfig, EncoderConfig, Features, StreamConfig, TrainConfig
-from moe_ext.data import Manifest, SampleBuilder, open_loader, write_shards
+from moe_ext.data import Manifest, SampleBuilder, ShardError, open_loader, write_shards
 from moe_ext.model.connectors import Connector
 from moe_ext.model.encoders import Encoder, SquareImage
 from moe_ext.model.load import load_base
 from moe_ext.model.multimodal import MultimodalMoE
+from moe_ext.train import run
+from moe_ext.training import stages
 from moe_ext.training.feature_cache import with_cached_features
+from moe_ext.training.topology import Ranks
 from tests.data.inputs import make_tokenizer, pair, png
 from tests.model.tiny import save_tiny
+from tests.ranks import run_ranks
+from tests.training.tiny import make_inputs, overrides
 
 
 class Counting(nn.Conv2d):
@@ -95,6 +102,7 @@ def test_the_same_losses_without_the_encoder(source, tmp_path, encoder, kind):
     model = MultimodalMoE(lm, {1: encoder}, connectors)
     (with_encoder, a), (without, b) = batches(live, build), batches(cache, build)
     assert [s.position for s in a.skips] == [s.position for s in b.skips] != []
+    assert {s.reason for s in a.skips} == {s.reason for s in b.skips}, "the cache knows why"
     seen = encoder.network.images
     for one, two in zip(with_encoder, without, strict=True):
         bad = {s.key for s in a.skips}
@@ -122,6 +130,18 @@ def test_made_once_and_named_by_what_made_it(source, tmp_path, encoder):
     assert other.streams != first.streams and encoder.network.images == 2 * seen
 
 
+def test_a_shard_that_cannot_be_read_is_not_cached(source, tmp_path, encoder):
+    build = SampleBuilder(make_tokenizer(), encoder.preprocess, 4, prompt="A", max_length=200)
+    manifest = Manifest.load(source)
+    whole = open(manifest.url(2), "rb").read()
+    open(manifest.url(2), "ab").write(b"more")
+    with pytest.raises(ShardError, match=r"shard-000002\.tar#0 cannot be cached.*features=live"):
+        cached(source, tmp_path, encoder, build)
+    open(manifest.url(2), "wb").write(whole)
+    _, cache = cached(source, tmp_path, encoder, build)
+    assert Manifest.load(cache.streams["train"].manifest).num_samples == 40
+
+
 def test_several_encoders_are_refused(source, tmp_path, encoder):
     build = SampleBuilder(make_tokenizer(), encoder.preprocess, 4, prompt="A", max_length=200)
     data = DataConfig(
@@ -132,3 +152,72 @@ def test_several_encoders_are_refused(source, tmp_path, encoder):
         with_cached_features(
             config, ["train"], {1: encoder, 2: encoder}, build, None, everything_here
         )
+
+
+def _count_images(counts):
+    """Count the images that encoders see by phase: prepare, train (the loops), between, after."""
+    forward, train = Encoder.forward, stages.train
+    counts.update(prepare=0, train=0, between=0, after=0)
+    phase = ["prepare"]
+
+    def counted(self, pixels):
+        counts[phase[0]] += len(pixels)
+        return forward(self, pixels)
+
+    def marked(name, *arguments, **more):
+        phase[0] = "train"
+        try:
+            return train(name, *arguments, **more)
+        finally:
+            phase[0] = "after" if name == "tune" else "between"
+
+    Encoder.forward, stages.train = counted, marked
+    return lambda: (setattr(Encoder, "forward", forward), setattr(stages, "train", train))
+
+
+def _jobs(folder):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    manifest = f"data.streams.train.manifest={folder}/few/few.json"
+    images = {}
+    for name, features in (("live", "live"), ("cached", "cache"), ("again", "cache")):
+        more = [manifest, f"data.features={features}", "parallel.ep_size=2"]
+        config = load(CONF_DIR, overrides(folder, name, *more))
+        undo = _count_images(images.setdefault(name, {}))
+        assert run(config, Ranks(rank, world, rank, world)) == 0
+        undo()
+    return images
+
+
+def test_a_job_of_two_ranks_runs_the_encoder_once(tmp_path):
+    """The whole chain on DeepSpeed; tune goes through its 32 samples three times and more."""
+    make_inputs(tmp_path)
+    splits = ["train"] * 8 + ["probe", "heldout"]
+    write_shards(
+        ((splits[i % 10], pair(37 * i)) for i in range(40)),
+        tmp_path / "few",
+        name="few",
+        samples_per_shard=7,
+    )
+    ranks = run_ranks(_jobs, 2, tmp_path, timeout_s=500)
+    images = {
+        name: {phase: sum(r[name][phase] for r in ranks) for phase in ranks[0][name]}
+        for name in ranks[0]
+    }
+    in_training = 4 * 2 * 2 + 3 * 2 * 2 + 13 * 2 * 2 * 2
+    assert images["live"]["train"] == in_training == 132
+    assert images["live"]["prepare"] > 0, "the connector's start has seen some"
+    # every image once, whichever rank did it; the later run finds all of them
+    assert images["cached"]["prepare"] == 40 and images["again"]["prepare"] == 0
+    for name in ("cached", "again"):
+        assert images[name]["train"] == 0
+        assert images[name]["between"] == 4, "held-out pictures, evaluated before the first step"
+
+    def losses(name):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        steps = [r for r in map(json.loads, lines) if r["event"] == "step"]
+        return [r["loss"]["nll"] for r in steps], [r["grad_norm"] for r in steps]
+
+    assert len(losses("live")[0]) == 4 + 3 + 13
+    for name in ("cached", "again"):
+        for ours, live in zip(losses(name), losses("live"), strict=True):
+            torch.testing.assert_close(ours, live, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """The loop's own arithmetic: schedule, router losses, expert metrics, the rule for bad steps."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -10,12 +11,14 @@ import torch.distributed as dist
 
 from moe_ext.batch import IGNORED_LABEL, Batch
 from moe_ext.config import StageConfig
+from moe_ext.data import Loader, SampleBuilder, ShardStream, TooManyBadSamples, write_shards
 from moe_ext.model.multimodal import Output
 from moe_ext.model.routing import LayerRecord, RoutingContext
 from moe_ext.training import loop
 from moe_ext.training.signals import StopFlag
 from moe_ext.training.topology import Ranks, Topology
 from moe_ext.training.tracking import Tracker
+from tests.data.inputs import make_tokenizer, pair, to_pixels
 from tests.ranks import run_ranks
 
 
@@ -37,7 +40,10 @@ def test_one_step_has_a_rate():
 
 
 class _Loader:
-    wait_s = 0.0
+    wait_s, num_new_skips, num_truncated = 0.0, 0, 3
+
+    def over_budget(self, num_new_skips):
+        return False
 
     def __iter__(self):
         ids = torch.zeros(2, 3, dtype=torch.int64)
@@ -107,6 +113,9 @@ def test_the_loss_is_a_mean_over_the_steps_targets(one_rank, tmp_path):
     assert engine.losses == pytest.approx([1.5] * 6)  # two micro-batches of half the targets
     assert saved == [2]
     assert (position.step, position.tokens) == (3, 3 * 2 * 6)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    step = [r for r in records if r["event"] == "step"][-1]
+    assert (step["real_token_share"], step["truncated_samples"]) == (1.0, 3)
 
 
 def test_bad_steps_are_counted(one_rank, tmp_path):
@@ -118,6 +127,57 @@ def test_bad_steps_are_counted(one_rank, tmp_path):
 def test_too_many_bad_steps_in_a_row_end_the_run(one_rank, tmp_path):
     with pytest.raises(loop.TooManyBadSteps, match="stages.tune.max_bad_steps=2"):
         _train(_Engine(bad=(2, 3, 4)), tmp_path, steps=6, max_bad_steps=2)
+
+
+def _stopped(folder, restored):
+    """Error, finished steps and own skips of this rank, on data whose rows 0 and 2 of 4 are bad."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    build = SampleBuilder(make_tokenizer(), to_pixels, 4, prompt="A", max_length=64)
+    loader = Loader(
+        ShardStream(folder / "shard.json", shuffle=False),
+        build,
+        sequences_per_rank=2,
+        rank=rank,
+        world_size=world,
+        bad_sample_budget=5,
+        stop_alone=False,
+    )
+    loader.load_state_dict(
+        {**loader.state_dict(), "skips": [[-i, "old", "reason"] for i in range(restored)]}
+    )
+    stage, position = StageConfig(steps=50, sequences_per_rank=2), loop.Position()
+    tracker = Tracker(folder / f"run-{restored}-{rank}", {}, bars=False)
+    try:
+        loop.train(
+            "tune", stage, _Engine(), loader, tracker, position, lambda at: None, StopFlag(),
+            num_frozen={1: 2}, log_every=1000,
+        )  # fmt: skip
+    except TooManyBadSamples as error:
+        return str(error), position.step, loader.num_new_skips
+    return "", position.step, loader.num_new_skips
+
+
+def _both_stopped(folder):
+    return [_stopped(folder, restored) for restored in (0, 5)]
+
+
+def test_the_budget_of_bad_samples_is_all_ranks_together(tmp_path):
+    """Three bad samples on each rank are six: both stop, in the same step, with the same words."""
+
+    def samples():
+        for i in range(40):
+            yield "train", {**pair(i), **({"png": b"broken"} if i % 4 in (0, 2) else {})}
+
+    write_shards(samples(), tmp_path)
+    by_rank = run_ranks(_both_stopped, 2, tmp_path)
+    for error, steps, own in (results[0] for results in by_rank):
+        assert error.startswith("6 samples could not be used, above data.bad_sample_budget=5")
+        assert "position 10: " in error and "cannot be decoded" in error
+        assert (steps, own) == (2, 3)
+    # a restored log is of all ranks already, and counts once
+    for error, steps, own in (results[1] for results in by_rank):
+        assert error.startswith("7 samples") and (steps, own) == (0, 1)
+    assert by_rank[0] == by_rank[1]
 
 
 def _tokens(rank):

@@ -1,0 +1,68 @@
+"""`moe-ext shards index --tokenizer` measures samples exactly as the trainer will build them."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moe_ext.compose import CONF_DIR, load
+from moe_ext.config import to_yaml
+from moe_ext.data import Manifest, ShardStream, write_shards
+from moe_ext.data.commands import main
+from moe_ext.training.build import prepare
+from moe_ext.training.topology import Ranks, Topology
+from tests.data.inputs import pair, png
+from tests.training.tiny import make_inputs, overrides
+
+TURNS = [
+    {"from": "human", "value": "<image>\nWhat is it?"},
+    {"from": "gpt", "value": "A cat."},
+    {"from": "human", "value": "Sure?"},
+    {"from": "gpt", "value": "Yes, it is a cat on a mat."},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lengths")
+    make_inputs(folder)
+    talk = {"__key__": "talk", "png": png(1), "json": json.dumps({"conversations": TURNS}).encode()}
+    text = {"__key__": "text", "txt": b"only words " * 30}
+    write_shards(
+        (("train", raw) for raw in [talk, text, *map(pair, (1, 22, 333))]), folder / "mine"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("chat_template", ["true", "false"])
+def test_the_commands_lengths_are_the_trainers(folder, chat_template, tmp_path, capsys):
+    manifest = folder / "mine" / "shard.json"
+    more = [
+        f"data.streams.train.manifest={manifest}",
+        "data.prompt=Look:",
+        "data.max_length=150",
+        f"base.chat_template={chat_template}",
+        "chain=[align]",
+    ]
+    config = load(CONF_DIR, overrides(folder, "run", *more))
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert main(["index", "--manifest", str(manifest), "--config", str(tmp_path / "run.yaml")]) == 0
+    flags = ["--tokenizer", f"{folder}/base", "--prompt", "Look:", "--max-length", "150"]
+    flags += ["--tokens-per-item", "4", *(["--no-chat-template"] * (chat_template == "false"))]
+    assert main(["index", "--manifest", str(manifest), *flags]) == 0
+    paths = [line for line in capsys.readouterr().out.splitlines() if "token lengths" in line]
+    assert paths[0] == paths[1], "one by one they mean the same"
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    topology = Topology(Ranks(0, 1, 0, 1), torch.device("cpu"), 1, 0, None, 5.0)
+    try:
+        build = prepare(config, topology, lambda: folder / "base").build
+    finally:
+        dist.destroy_process_group()
+    lengths = Manifest.load(manifest).lengths(build.fingerprint)
+    raws = list(ShardStream(manifest, shuffle=False).epoch())
+    assert lengths.tolist() == [len(build(raw)) for raw in raws]
+    asked = chat_template == "true"
+    shown = build.tokenizer.decode(build(raws[0]).input_ids)
+    assert ("<|im_start|>user" in shown) == asked and max(lengths) == 150, "text was cut to it"
