@@ -102,6 +102,12 @@ def test_wrong_bytes_in_an_old_part_are_noticed_and_fetched_anew(remote, fetcher
     path.parent.mkdir(parents=True)
     path.with_name(path.name + ".part").write_bytes(b"old file's bytes")
     assert fetched(fetcher, server, manifest, "ok")
+    unknown = server.url("ok", manifest.shards[1].url)
+    path = fetcher.path_of(unknown)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".part").write_bytes(bytes(10**6))
+    with open(fetcher(unknown), "rb") as f, open(manifest.url(1), "rb") as g:
+        assert f.read() == g.read(), "no hash to tell: begun anew"
 
 
 def test_processes_download_a_shard_once(remote, fetcher):
