@@ -157,7 +157,9 @@ class Fetcher:
         part = path.with_name(path.name + ".part")
         size = shard.size_bytes if shard else None
         for fresh in (False, True):
-            if fresh or shard is None:  # without a hash nobody could tell an old part from this file's
+            if (
+                fresh or shard is None
+            ):  # without a hash nobody could tell an old part from this file's
                 part.unlink(missing_ok=True)
             with open(part, "ab") as f:
 

@@ -35,6 +35,8 @@ class LocalFiles:
             return path
         if os.path.getsize(path) != shard.size_bytes:
             return path
+        if self.memory and not _writable(Path(self.memory)):
+            self.memory = ""  # a read-only cache is no fault of the shard
         with file_lock(self._note(path)) if self.memory else contextlib.nullcontext():
             if self.knows(path, shard):  # another process has read it meanwhile
                 return path
@@ -69,6 +71,13 @@ class LocalFiles:
     def _note(self, path: str) -> Path:
         digest = hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:20]
         return Path(self.memory) / digest[:2] / digest
+
+
+def _writable(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK)
+    return False
 
 
 def _stamp(path: str, shard: Shard) -> str:

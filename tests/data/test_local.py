@@ -96,6 +96,17 @@ def test_shards_are_checked_ahead(copy, tmp_path, read):
     assert read == [copy.shards[0].url]
 
 
+def test_without_a_place_for_its_notes_it_remembers_alone(copy, tmp_path, read):
+    (tmp_path / "file").write_text("not a folder")
+    for _ in range(2):
+        fetcher = Fetcher(tmp_path / "file" / "cache", ahead=0)
+        stream = ShardStream(copy, split="all", shuffle=False, local=fetcher)
+        for _ in range(2):
+            assert len(list(stream.epoch())) == 60
+            stream.files.close()
+    assert len(read) == 2 * 9
+
+
 def test_it_can_be_switched_off(copy, tmp_path, read):
     flip(copy.url(0), 512 + 20)
     fetcher = Fetcher(tmp_path / "cache", verify_local=False)
