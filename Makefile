@@ -30,7 +30,7 @@ PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("12
 TRAIN = $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --master_port $(PORT) --module moe_ext.train
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-hosts test-s3 test-docker \
+.PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-hosts test-store test-docker \
 	lint format typecheck clean
 
 help:  ## list the commands
@@ -90,7 +90,7 @@ test-hosts: install  ## the deepspeed launcher over two network namespaces (root
 	tests/infra/require.sh sshd:openssh-server pdsh:pdsh ip:iproute2
 	$(PYTEST) -m "hosts and not slow" tests
 
-test-s3: install  ## the stream against moto's S3 server (installs it)
+test-store: install  ## the stream against moto's S3 server (installs it)
 	$(PIP) install --quiet --no-deps --requirement tests/requirements-s3.txt
 	$(PYTEST) tests/data/test_s3.py
 

@@ -62,8 +62,8 @@ setup(
             "resvg_py>=0.5,<0.6",
         ],
         "test": ["hypothesis>=6.100", "pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
-        # For `make test-s3`; versions in tests/requirements-s3.txt.
-        "test-s3": ["boto3>=1.40", "flask>=3", "flask-cors>=5", "moto>=5.1,<6"],
+        # For `make test-store`; versions in tests/requirements-s3.txt.
+        "test-store": ["boto3>=1.40", "flask>=3", "flask-cors>=5", "moto>=5.1,<6"],
         "dev": ["mypy>=1.15", "ruff>=0.9", "types-PyYAML"],
         "slurm": ["hydra-submitit-launcher>=1.2,<1.3", "submitit>=1.5,<1.6"],
         "tensorboard": ["tensorboard>=2.18,<3"],

@@ -1,9 +1,9 @@
 """`moe-ext bench stream`: samples a second of one process, beside raw tar reading and other loaders.
 
 Every reader gives the same samples of the same shards, from the page cache, members as bytes (and in
-the second half images as decoded RGB arrays). Readers take turns, so that a busy machine slows all
-of them; the ratio is the median over rounds of ours / theirs within a round. The first round, in which
-ours checks hashes and the others set themselves up, is not counted.
+the second half images as decoded RGB arrays). Readers take turns of 100 samples, so that a busy machine
+slows all of them alike; the ratio is the median over rounds of ours / theirs within a round. The first
+round, in which ours checks hashes and the others set themselves up, is not counted.
 
 Peers are measured where they are installed, and named where they are not. They need no torch of their own:
     pip install --no-deps mosaicml-streaming==0.13.0 boto3 botocore s3transfer jmespath Brotli \\
@@ -15,6 +15,7 @@ Peers are measured where they are installed, and named where they are not. They 
 import argparse
 import importlib.metadata
 import io
+import itertools
 import json
 import statistics
 import sys
@@ -97,8 +98,14 @@ def readers(manifest: Manifest, folder: Path) -> dict[str, dict[str, Reader]]:
     def raw_tar() -> Iterator[object]:
         for url in urls:
             with tarfile.open(url, "r|") as tar:
+                key, sample = "", []
                 for member in tar:
-                    yield tar.extractfile(member).read()  # type: ignore[union-attr]
+                    if sample and not member.name.startswith(key):
+                        yield sample
+                        sample = []
+                    key = member.name.partition(".")[0] + "."
+                    sample.append(tar.extractfile(member).read())  # type: ignore[union-attr]
+                yield sample
 
     def plain_webdataset() -> Iterator[object]:
         yield from webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
@@ -149,12 +156,9 @@ def measure(path: Path, folder: Path, rounds: int) -> dict:
     for kind, chosen in readers(manifest, folder).items():
         speeds: dict[str, list[float]] = {name: [] for name in chosen}
         for turn in range(rounds + 1):
-            for name, read in chosen.items():
-                began = time.perf_counter()
-                for _ in read():
-                    pass
+            for name, seconds in one_round(chosen, n).items():
                 if turn:  # the first round fills the page cache
-                    speeds[name].append(n / (time.perf_counter() - began))
+                    speeds[name].append(n / seconds)
         result["samples_per_s"][kind] = {k: statistics.median(v) for k, v in speeds.items()}
         ratios = {
             name: statistics.median(a / b for a, b in zip(speeds["ours"], other, strict=True))
@@ -166,6 +170,32 @@ def measure(path: Path, folder: Path, rounds: int) -> dict:
         else:
             result["ratios"].update({f"{name}_decoded": r for name, r in ratios.items()})
     return result
+
+
+def one_round(chosen: dict[str, Reader], num_samples: int, together: int = 100) -> dict[str, float]:
+    """Seconds that each reader took for one pass over all samples, in turns of `together` samples.
+
+    Raises:
+        RuntimeError: a reader gave another number of samples.
+    """
+    seconds, given = dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0)
+    running: dict[str, Iterator[object]] = {}
+    for name, read in chosen.items():
+        began = time.perf_counter()
+        running[name] = read()
+        seconds[name] = time.perf_counter() - began
+    while running:
+        for name, samples in list(running.items()):
+            began = time.perf_counter()
+            got = sum(1 for _ in itertools.islice(samples, together))
+            seconds[name] += time.perf_counter() - began
+            given[name] += got
+            if got < together:
+                del running[name]
+    wrong = {name: count for name, count in given.items() if count != num_samples}
+    if wrong:
+        raise RuntimeError(f"readers gave {wrong} samples, not {num_samples}")
+    return seconds
 
 
 def table(result: dict) -> str:

@@ -7,13 +7,14 @@ all ranks and micro-batches, so it means the same for any number of both.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_ext.batch import Batch
 from moe_ext.config import StageConfig
 from moe_ext.data import Loader, Skip, TooManyBadSamples
 from moe_ext.model.losses import balance_loss, router_kl, selection_counts, z_loss
@@ -99,18 +100,9 @@ def train(
             for _ in range(stage.accumulation):
                 micro_batches.append(next(batches).to(device))
                 wait_s += loader.wait_s
-            counts = [
-                float(sum(batch.num_targets for batch in micro_batches)),
-                float(sum(batch.num_tokens for batch in micro_batches)),
-                float(stop.requested),
-                wait_s,
-                float(loader.num_new_skips),
-                float(sum(batch.input_ids.numel() for batch in micro_batches)),
-                float(loader.num_truncated),
-            ]
-            sums = sum_over_ranks(counts, device)
-            num_targets, num_tokens, stop_votes, wait_sum_s, skips, positions, truncated = sums
-            check_bad_samples(loader, int(skips))
+            sums = count_step(micro_batches, loader, stop.requested, wait_s, device)
+            num_targets, num_tokens = sums.targets, sums.tokens
+            check_bad_samples(loader, int(sums.new_skips))
 
             # Shares of the loss: over ranks and micro-batches they sum to the step's loss.
             choices: dict[int, Tensor] = {}
@@ -160,9 +152,9 @@ def train(
                     "grad_norm_by_part": part_norms,
                     "learning_rate": learning_rate,
                     "tokens_per_s": num_tokens / took_s,
-                    "data_wait_s": wait_sum_s / engine.topology.world_size,
-                    "real_token_share": num_tokens / positions,
-                    "truncated_samples": int(truncated),
+                    "data_wait_s": sums.wait_s / engine.topology.world_size,
+                    "real_token_share": num_tokens / sums.positions,
+                    "truncated_samples": int(sums.truncated),
                     "skipped": position.bad_steps,
                     **experts,
                 }
@@ -176,12 +168,49 @@ def train(
 
             last = position.step == stage.steps
             due = stage.checkpoint_every and position.step % stage.checkpoint_every == 0
-            if (due or stop_votes) and not last:
+            if (due or sums.stop_votes) and not last:
                 save(position)
-            if stop_votes and not last:
+            if sums.stop_votes and not last:
                 tracker.say(f"[{name}] stopped on request after step {position.step}, published")
                 return False
     return True
+
+
+@dataclass
+class StepCounts:
+    """What a step's micro-batches hold and what their loading brought, summed over ranks."""
+
+    targets: float
+    tokens: float
+    positions: float
+    """Tokens and padding."""
+    new_skips: float
+    """Bad samples since this start."""
+    truncated: float
+    """Samples cut to the length limit since this start."""
+    wait_s: float
+    stop_votes: float
+    """Ranks that were asked to stop."""
+
+
+def count_step(
+    micro_batches: list[Batch],
+    loader: Loader,
+    stop_requested: bool,
+    wait_s: float,
+    device: torch.device,
+) -> StepCounts:
+    """A step's counts over all ranks. A collective."""
+    own = StepCounts(
+        targets=sum(batch.num_targets for batch in micro_batches),
+        tokens=sum(batch.num_tokens for batch in micro_batches),
+        positions=sum(batch.input_ids.numel() for batch in micro_batches),
+        new_skips=loader.num_new_skips,
+        truncated=loader.num_truncated,
+        wait_s=wait_s,
+        stop_votes=stop_requested,
+    )
+    return StepCounts(*sum_over_ranks([float(n) for n in astuple(own)], device))
 
 
 def check_bad_samples(loader: Loader, num_new_skips: int) -> None:

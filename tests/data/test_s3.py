@@ -1,6 +1,6 @@
 """Shards from an S3 server that is not ours: moto's, which checks every signature with botocore.
 
-`make test-s3` installs it; without it this file is skipped, and `test_fetch.py` has a server of its own.
+`make test-store` installs it; without it this file is skipped, and `test_fetch.py` has a server of its own.
 """
 
 import json
