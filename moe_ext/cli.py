@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "jobs": ("moe_ext.jobs.status", "how runs stand: state, last step, loss, error line"),
     "evaluate": ("moe_ext.evaluate", "measure a finished run's model again"),
     "report": ("moe_ext.report", "write a run's page and summary from its folder"),
+    "export": ("moe_ext.export_command", "a run's extension, for us or for Hugging Face users"),
     "compare": ("moe_ext.jobs.compare", "mean and spread over runs with different seeds"),
     "bench": ("moe_ext.benchmarks.commands", "measure the layer or a step beside its peers"),
 }

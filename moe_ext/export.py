@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import moe_ext
+from moe_ext import __version__
 from moe_ext.config import CalibrationKind, ExpertType, ExtensionConfig, Placement, RowInit, Scope
 from moe_ext.model.checkpoint_files import publish_folder
 from moe_ext.model.experts import Bank
@@ -124,7 +124,7 @@ def save_extension(
     info: BaseInfo = lm.base_info  # type: ignore[assignment]
     manifest = {
         "format": FORMAT,
-        "moe_ext": moe_ext.__version__,
+        "moe_ext": __version__,
         "base": {
             "name": info.path.resolve().name,
             "model_type": lm.config.model_type,
@@ -168,7 +168,7 @@ def load_extension(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    _check_file(folder, manifest)
+    check_file(folder, manifest)
     info: BaseInfo = lm.base_info  # type: ignore[assignment]
     expected = manifest["base"]
     if check_base and base_sha256(info.path) != expected["sha256"]:
@@ -241,7 +241,8 @@ def _attach(lm: PreTrainedModel, name: str, extension: Extension, placement: Pla
         attach_extension(lm, name, plans, settings, modalities=modalities)
 
 
-def _check_file(folder: Path, manifest: dict) -> None:
+def check_file(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise ValueError when the tensors are not those that the manifest was written with."""
     known, content = manifest["files"][TENSORS], (folder / TENSORS).read_bytes()
     if hashlib.sha256(content).hexdigest() != known["sha256"]:
         raise ValueError(

