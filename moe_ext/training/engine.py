@@ -131,13 +131,15 @@ class Engine:
         Raises:
             RuntimeError: its elements over all ranks are not the trainable ones, padding apart.
         """
-        held = sum(state["exp_avg"].numel() for state in self.adam.state.values())
-        replicas = self.topology.world_size if self.settings.zero_stage == 0 else 1
+        held = sum(
+            state["exp_avg"].numel() / self._copies(tensor)
+            for tensor, state in self.adam.state.items()
+        )
         own = [item.parameter.numel() for item in self.trainable if item.sharded]
         groups_of_replicas = self.topology.world_size // self.topology.ep_size
-        counts = torch.tensor(
-            [held / replicas, sum(own) / groups_of_replicas], dtype=torch.float64
-        ).to(self.topology.device)
+        counts = torch.tensor([held, sum(own) / groups_of_replicas], dtype=torch.float64).to(
+            self.topology.device
+        )
         dist.all_reduce(counts)
         held_by_all, sharded = counts.tolist()
         replicated = sum(i.parameter.numel() for i in self.trainable if not i.sharded)
@@ -149,6 +151,12 @@ class Engine:
                 f"the optimizer holds moments of {held_by_all:.0f} elements, but {sharded + replicated:.0f} "
                 "train: a parameter is missing from its groups, or something frozen is in them"
             )
+
+    def _copies(self, tensor: Tensor) -> int:
+        """Ranks that hold the same piece of the optimizer's state: without ZeRO all that hold the weight."""
+        if self.settings.zero_stage > 0:
+            return 1
+        return len(self.topology.replicas(not getattr(tensor, "allreduce", True)))
 
     def num_elements(self) -> int:
         """Trainable elements that this rank holds, anchor included."""

@@ -19,6 +19,7 @@ from moe_ext.config import StageConfig
 from moe_ext.data import Loader, Skip, TooManyBadSamples
 from moe_ext.model.losses import balance_loss, router_kl, selection_counts, z_loss
 from moe_ext.model.multimodal import Output
+from moe_ext.training.audit import Audit
 from moe_ext.training.engine import Engine
 from moe_ext.training.signals import StopFlag
 from moe_ext.training.tracking import Tracker
@@ -67,7 +68,7 @@ def train(
     stop: StopFlag,
     *,
     num_frozen: dict[int, int],
-    audit: Callable[[], None] = lambda: None,
+    audit: Audit | None = None,
     balance_choice: Callable[[dict[int, Tensor]], None] | None = None,
     log_every: int = 1,
     global_step: int = 0,
@@ -79,7 +80,7 @@ def train(
     Args:
         save: publishes a checkpoint; called every `stage.checkpoint_every` steps and when stopping.
         num_frozen: layer -> its frozen experts; ids from there on are new ones.
-        audit: called once, after the third step of this start.
+        audit: looks at the first steps of this start.
         balance_choice: called after every step with layer -> how often each expert was chosen.
         global_step: steps of the stages before, so that W&B's steps never run backwards.
 
@@ -90,7 +91,6 @@ def train(
     device = engine.topology.device
     with_losses = balance_choice is not None or any(_coefficients(stage))
     batches = iter(loader)
-    audit_at = min(position.step + 3, stage.steps)
     with tracker.progress(name, stage.steps, position.step) as show:
         while position.step < stage.steps:
             began = time.perf_counter()
@@ -113,31 +113,27 @@ def train(
                 output: Output = engine(batch, None, with_losses)
                 nll = output.nll_sum / max(num_targets, 1.0)
                 routing = _router_losses(output, with_losses, stage.accumulation, choices)
-                engine.backward(_total(nll, routing, _coefficients(stage)))
+                loss = _total(nll, routing, _coefficients(stage))
+                if audit is not None:
+                    audit.forward(batch, output, nll, loss)
+                engine.backward(loss)
                 shown += torch.stack([part.detach() for part in (nll, *routing)])
                 if logs:
                     _add_selections(selections, output)
 
+            if audit is not None:
+                audit.backward()
             part_norms = engine.part_norms() if logs else {}
             learning_rate = learning_rate_at(position.step, stage)
             taken, norm = engine.step(learning_rate)
+            if audit is not None:
+                audit.step(taken, norm)
             if taken and balance_choice is not None:
                 balance_choice(choices)
 
             position.step += 1
             position.tokens += int(num_tokens)
-            position.bad_in_a_row = 0 if taken else position.bad_in_a_row + 1
-            position.bad_steps += not taken
-            if not taken:
-                tracker.event("skipped_step", stage=name, step=position.step)
-                tracker.say(f"[{name}] step {position.step}: gradient not finite, step skipped")
-            if position.bad_in_a_row > stage.max_bad_steps:
-                raise TooManyBadSteps(
-                    f"stage {name}: {position.bad_in_a_row} steps in a row had a loss or gradient that is not "
-                    f"finite, more than stages.{name}.max_bad_steps={stage.max_bad_steps}; lower "
-                    f"stages.{name}.learning_rate={stage.learning_rate} or look at the data around step "
-                    f"{position.step}"
-                )
+            count_bad_steps(taken, name, stage, position, tracker)
             if logs:
                 dist.all_reduce(shown)
                 experts = _expert_metrics(selections, num_frozen)
@@ -163,8 +159,6 @@ def train(
                     position.step, f"loss {losses['nll']:.3f}  {num_tokens / took_s:,.0f} tokens/s"
                 )
             position.elapsed_s += time.perf_counter() - began
-            if position.step == audit_at:
-                audit()
 
             last = position.step == stage.steps
             due = stage.checkpoint_every and position.step % stage.checkpoint_every == 0
@@ -229,6 +223,28 @@ def check_bad_samples(loader: Loader, num_new_skips: int) -> None:
     last = max((skip for log in logs for skip in log), key=lambda skip: skip.position)
     count = loader.num_restored + num_new_skips
     raise TooManyBadSamples(count, loader.bad_sample_budget, last)
+
+
+def count_bad_steps(
+    taken: bool, name: str, stage: StageConfig, position: Position, tracker: Tracker
+) -> None:
+    """Note whether the step was taken; it is the same on all ranks, as the engine's norm is.
+
+    Raises:
+        TooManyBadSteps: more than `stage.max_bad_steps` in a row were not.
+    """
+    position.bad_in_a_row = 0 if taken else position.bad_in_a_row + 1
+    position.bad_steps += not taken
+    if not taken:
+        tracker.event("skipped_step", stage=name, step=position.step)
+        tracker.say(f"[{name}] step {position.step}: gradient not finite, step skipped")
+    if position.bad_in_a_row > stage.max_bad_steps:
+        raise TooManyBadSteps(
+            f"stage {name}: {position.bad_in_a_row} steps in a row had a loss or gradient that is not "
+            f"finite, more than stages.{name}.max_bad_steps={stage.max_bad_steps}; lower "
+            f"stages.{name}.learning_rate={stage.learning_rate} or look at the data around step "
+            f"{position.step}"
+        )
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

@@ -33,6 +33,7 @@ from moe_ext.model.extend import (
 )
 from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.training import resume
+from moe_ext.training.audit import Audit, check_result
 from moe_ext.training.build import build_model
 from moe_ext.training.checkpoint import Published, Snapshot, published
 from moe_ext.training.closed_form import start_connectors
@@ -104,7 +105,6 @@ def run_stage(
     if not finished:
         status(run, "stopped", name, position.step)
         return False
-    watch.check(1.0)
     if stage.kind is StageKind.probe:
         assert before is not None
         run.tracker.say(f"[{name}] counting selections after")
@@ -195,8 +195,11 @@ def train_stage(
         run.tracker.say(f"[{name}] resumed from step {position.step} of {stage.steps}")
         run.tracker.event("resume", stage=name, step=position.step, ranks=topology.world_size)
 
+    audit = Audit(name, stage.train, model, chosen, engine, watch)
+    run.tracker.say(f"[{name}] {audit.summary}")
+
     def save(at: Position) -> None:
-        watch.check()
+        audit.checkpoint()
         pieces, adam_step = resume.pieces_of(engine, chosen)
         loaders: list[Any] = [None] * topology.world_size
         dist.all_gather_object(loaders, loader.state_dict())
@@ -223,11 +226,19 @@ def train_stage(
         save,
         run.stop,
         num_frozen={i: layer.num_frozen for i, layer in extended_layers(model.lm).items()},
-        audit=lambda: audit(run, name, engine, chosen),
+        audit=audit,
         balance_choice=choice_balancer(model, config.extension.loss_free_rate),
         log_every=config.tracking.log_every,
         global_step=sum(config.stages[n].steps for n in config.chain[:index]),
     )
+    if finished:
+        audit.end()
+    if audit.unmoved:
+        run.tracker.say(
+            f"[{name}] {len(audit.unmoved)} trainable tensors had no gradient in the first steps, "
+            f"first {audit.unmoved[0]}"
+        )
+        run.tracker.event("no_gradient", stage=name, tensors=audit.unmoved)
     return finished, position
 
 
@@ -246,35 +257,6 @@ def choice_balancer(
     return balance
 
 
-def audit(run: Run, name: str, engine: Engine, chosen: list[Part]) -> None:
-    """Did everything that shall train receive gradients? A collective.
-
-    Raises:
-        RuntimeError: a whole part (connector, new rows, ...) received none.
-    """
-    fragments = engine.fragments()
-    moved = {part.name: False for part in chosen}
-    for part_name, fragment in fragments.items():
-        moved[part_name] = bool(fragment.exp_avg_sq.any())
-    gathered: list[Any] = [None] * run.topology.world_size
-    dist.all_gather_object(gathered, moved)
-    moved = {n: any(g.get(n, False) for g in gathered) for g in gathered for n in g}
-    for kind in {part.trainable for part in chosen}:
-        names = [part.name for part in chosen if part.trainable is kind]
-        if names and not any(moved[n] for n in names):
-            raise RuntimeError(
-                f"stage {name} trains {kind.name}, but none of its {len(names)} tensors received a "
-                "gradient in three steps"
-            )
-    still = sorted(n for n, did in moved.items() if not did)
-    if still:
-        run.tracker.say(
-            f"[{name}] {len(still)} of {len(moved)} trainable tensors have had no gradient yet, "
-            f"first {still[0]}"
-        )
-        run.tracker.event("no_gradient", stage=name, tensors=still)
-
-
 def finish(
     run: Run,
     name: str,
@@ -291,6 +273,7 @@ def finish(
         numbers: trainable and all parameters, encoders apart.
     """
     topology = run.topology
+    check_result(model)
     trained: list[Part] = chosen or []
     pieces, own = [], {part.name for part in trained}
     if engine is not None and run.config.stages[name].kind is not StageKind.probe:

@@ -50,6 +50,12 @@ class Topology:
         """DeepSpeed's name of the groups."""
         return f"ep_size_{self.ep_size}"
 
+    def replicas(self, sharded: bool) -> list[int]:
+        """Ranks that hold the same as this one: all, or of sharded experts those at its place."""
+        if sharded:
+            return list(range(self.ep_rank, self.world_size, self.ep_size))
+        return list(range(self.world_size))
+
 
 def ranks_from_environment(environment: dict[str, str] | None = None) -> Ranks:
     """Rank and world size as deepspeed, torchrun or srun set them; one rank when nobody did."""

@@ -106,9 +106,9 @@ def test_the_same_losses_without_the_encoder(source, tmp_path, encoder, kind):
     seen = encoder.network.images
     for one, two in zip(with_encoder, without, strict=True):
         bad = {s.key for s in a.skips}
-        assert [k for k in one.sample_keys if k not in bad][:1] == [
+        assert [k for k in one.sample_keys if k not in bad] == [
             k for k in two.sample_keys if "bad-" not in k
-        ][:1]
+        ]
         assert torch.equal(one.input_ids, two.input_ids)
         losses = [model(batch).nll_Z for batch in (one, two)]
         tolerance = 1e-5 if kind is Features.cache else 2e-2
