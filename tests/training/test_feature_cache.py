@@ -1,6 +1,7 @@
 """Cached features: same samples, same order, same losses, and an encoder that runs once."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -81,8 +82,9 @@ def cached(source, tmp_path, encoder, build, kind=Features.cache):
 
 
 def batches(data, build, count=12):
+    place = str(Path(data.streams["train"].manifest).parent)
     loader = open_loader(
-        data, "train", build, sequences_per_rank=4, rank=0, world_size=1, seed=3, cache_dir="none"
+        data, "train", build, sequences_per_rank=4, rank=0, world_size=1, seed=3, cache_dir=place
     )
     return [batch for _, batch in zip(range(count), loader, strict=False)], loader
 
