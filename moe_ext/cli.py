@@ -19,7 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("moe_ext.report", "write a run's page and summary from its folder"),
     "export": ("moe_ext.export_command", "a run's extension, for us or for Hugging Face users"),
     "compare": ("moe_ext.jobs.compare", "mean and spread over runs with different seeds"),
-    "bench": ("moe_ext.benchmarks.commands", "measure the layer, a step or the stream beside its peers"),
+    "bench": (
+        "moe_ext.benchmarks.commands",
+        "measure the layer, a step or the stream beside its peers",
+    ),
 }
 """Command -> (module with `main`, one line of help). Modules are imported only when they are
 run."""
