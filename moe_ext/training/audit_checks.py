@@ -117,7 +117,9 @@ def placement_errors(model: MultimodalMoE, topology: Topology) -> list[str]:
         held[index, "frozen"] = (block.num_frozen, frozen)
         for name, bank in block.new.items():
             held[index, name] = (bank.num_experts, list(bank.expert_ids))
-        for name, bank in zip(["frozen", *block.new], block.banks, strict=False):
+        names = {id(bank): name for name, bank in block.new.items()}
+        for bank in block.banks:
+            name = names.get(id(bank), "frozen")
             ids, start = bank.expert_ids, bank.first_held
             rows = {shape[0] for shape in bank.tensor_shapes().values()}
             if ids != sorted(ids) or rows != {len(ids)}:
