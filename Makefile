@@ -95,7 +95,8 @@ test-store: install  ## the stream against moto's S3 server (installs it)
 	$(PYTEST) tests/data/test_s3.py
 
 test-docker: install  ## build and run the images on a real Docker engine (root)
-	tests/infra/require.sh dockerd:docker.io docker-compose:docker-compose mmdebstrap:mmdebstrap
+	tests/infra/require.sh dockerd:docker.io docker-compose:docker-compose mmdebstrap:mmdebstrap \
+		ch-run:charliecloud-runtime slurmctld:slurm-wlm srun:slurm-client munged:munge
 	$(PIP) install --quiet $(HADOLINT)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m docker tests
 

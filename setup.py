@@ -66,6 +66,7 @@ setup(
         "test-store": ["boto3>=1.40", "flask>=3", "flask-cors>=5", "moto>=5.1,<6"],
         "dev": ["mypy>=1.15", "ruff>=0.9", "types-PyYAML"],
         "slurm": ["hydra-submitit-launcher>=1.2,<1.3", "submitit>=1.5,<1.6"],
+        "dashboards": ["wandb-workspaces>=0.4,<0.5"],
         "tensorboard": ["tensorboard>=2.18,<3"],
     },
 )

@@ -15,6 +15,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "upcycle": ("moe_ext.upcycle", "make a mixture-of-experts base out of a dense model"),
     "launch": ("moe_ext.launch", "start a run or a sweep: this machine, a hostfile, Slurm"),
     "jobs": ("moe_ext.jobs.status", "how runs stand: state, last step, loss, error line"),
+    "watch": ("moe_ext.jobs.watch", "how one run goes, live in the terminal, from its files"),
+    "dashboard": ("moe_ext.jobs.dashboard", "the W&B workspace of the project as code"),
     "evaluate": ("moe_ext.evaluate", "measure a finished run's model again"),
     "report": ("moe_ext.report", "write a run's page and summary from its folder"),
     "export": ("moe_ext.export_command", "a run's extension, for us or for Hugging Face users"),

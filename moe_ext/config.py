@@ -318,12 +318,34 @@ class ParallelConfig:
 
 
 @dataclass
+class AlertConfig:
+    """What is worth an alert: on the console, in metrics.jsonl and in W&B. 0 switches a rule off."""
+
+    window: int = 50
+    """Logged steps that a value is compared with; a rule speaks once in so many."""
+    loss_spike: float = 1.5
+    """A loss this many times the median of the window."""
+    gradient_spike: float = 10.0
+    """A gradient norm this many times the median of the window."""
+    dead_expert: int = 100
+    """Logged steps in a row in which no token chose a new expert."""
+    slow_loader: float = 0.5
+    """Share of a window's time that went by waiting for data."""
+    stalled_s: float = 300.0
+    """Seconds without a finished step; below `parallel.timeout_s`, which ends the run."""
+
+
+@dataclass
 class TrackingConfig:
     wandb: bool = True
     """Offline where there is no key or no network; it can never stop a run."""
     wandb_project: str = "moe_ext"
     wandb_entity: str = ""
+    wandb_timeout_s: float = 15.0
+    """Longest wait for W&B's server at a stage's start, and twice that at its end."""
     tensorboard: bool = False
+    """Event files in `run_dir`/tensorboard, a folder a stage; needs the extra `tensorboard`."""
+    alerts: AlertConfig = field(default_factory=AlertConfig)
     log_every: int = 1
     """Steps between two lines of the log and of W&B."""
     progress: bool = True

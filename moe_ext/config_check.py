@@ -3,6 +3,7 @@
 Every function raises ValueError with the value, the rule, the remedy and the configuration key.
 """
 
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -42,6 +43,7 @@ def check(config: TrainConfig) -> None:
     _check_data(config)
     _check_optim_and_parallel(config)
     check_launcher(config.launcher)
+    _check_tracking(config)
     _check_chain(config)
     for name in config.chain:
         _check_stage(name, config.stages[name], config)
@@ -75,6 +77,26 @@ def check_paths(config: TrainConfig) -> None:
             raise ValueError(
                 f"data.streams.{name}.manifest={stream.manifest} does not exist; "
                 "`moe-ext shards` makes shards and their manifest"
+            )
+    if config.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "tracking.tensorboard=true needs the package tensorboard, which is not installed here: "
+            "pip install 'moe_ext[tensorboard]', or tracking.tensorboard=false"
+        )
+
+
+def _check_tracking(config: TrainConfig) -> None:
+    tracking, alerts = config.tracking, config.tracking.alerts
+    at_least("tracking.log_every", tracking.log_every, 1)
+    at_least("tracking.wandb_timeout_s", tracking.wandb_timeout_s, 1)
+    at_least("tracking.alerts.window", alerts.window, 2)
+    for key in ("dead_expert", "slow_loader", "stalled_s"):
+        at_least(f"tracking.alerts.{key}", getattr(alerts, key), 0)
+    for key in ("loss_spike", "gradient_spike"):
+        ratio = getattr(alerts, key)
+        if ratio and not ratio > 1:
+            raise ValueError(
+                f"tracking.alerts.{key}={ratio} is a multiple of the usual value: above 1, or 0 for none"
             )
 
 

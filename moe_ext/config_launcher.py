@@ -56,6 +56,9 @@ class LauncherConfig:
     """slurm: shell lines before the ranks start, such as `module load cuda`."""
     wrapper: list[str] = field(default_factory=list)
     """slurm: words in front of every rank's command, such as [ch-run, /images/moe_ext, --]."""
+    python: str = ""
+    """slurm: the interpreter of the ranks; empty: the one that launches. A container has its own:
+    /venv/bin/python3 in the images of docker/."""
     stop_lead_s: int = 120
     """slurm: seconds before the time limit at which the ranks are told to publish and leave. Slurm
     looks at limits every half minute, so allow for that, a step and the writing."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_ext.compose import CONF_DIR, ConfigError, load
+from moe_ext.config import TrackingConfig
 from moe_ext.config_check import check_world
 from moe_ext.training.ownership import Claim
 from moe_ext.training.signals import StopFlag
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     topology = topologies.start(
         ranks, config.parallel.ep_size, config.parallel.timeout_s, config.parallel.threads_per_rank
     )
-    tracker = Tracker(given.run, {}, rank=ranks.rank, bars=config.tracking.progress)
+    quiet = TrackingConfig(wandb=False, progress=config.tracking.progress)
+    tracker = Tracker(given.run, {}, quiet, rank=ranks.rank)
     with StopFlag() as stop:
         prepared = prepare(config, topology, lambda: base_folder(config, tracker))
         run = Run(config, topology, prepared, tracker, Claim(given.run, ""), stop)

@@ -55,8 +55,9 @@ def run(config: TrainConfig, ranks: Ranks) -> int:
     began = time.time()
     folder = Path(config.run_dir)
     claims: list[Claim] = []
+    trackers: list[Any] = []
     try:
-        return _run(config, ranks, folder, claims)
+        return _run(config, ranks, folder, claims, trackers)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -71,10 +72,14 @@ def run(config: TrainConfig, ranks: Ranks) -> int:
             stage, step = (known.stage, known.step) if known else ("", 0)
             last = text.strip().splitlines()[-1]
             claims[0].write_status("failed", stage, step, f"rank {ranks.rank}: {last}")
+        for tracker in trackers:
+            tracker.close(1)
         return 1
 
 
-def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -> int:
+def _run(
+    config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim], trackers: list[Any]
+) -> int:
     # Heavy imports wait until the configuration has been accepted.
     from moe_ext.training import topology as topologies
     from moe_ext.training.build import prepare
@@ -96,19 +101,9 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
     )
     token = topologies.from_rank_0(claims[0].token if claims else "")
     claims[:] = [Claim(folder, token)]
-    tracking = config.tracking
-    tracker = Tracker(
-        folder,
-        plain,
-        rank=ranks.rank,
-        wandb=tracking.wandb,
-        wandb_project=tracking.wandb_project,
-        wandb_entity=tracking.wandb_entity,
-        name=config.name,
-        group=os.environ.get("MOE_EXT_GROUP", ""),
-        tensorboard=tracking.tensorboard,
-        bars=tracking.progress,
-    )
+    group = os.environ.get("MOE_EXT_GROUP", "")
+    tracker = Tracker(folder, plain, config.tracking, rank=ranks.rank, group=group)
+    trackers.append(tracker)
     with StopFlag() as stop:
         began = time.perf_counter()
         prepared = prepare(config, topology, lambda: base_folder(config, tracker))
@@ -123,7 +118,7 @@ def _run(config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim]) -
         )
         measure_text_before(context)
         if not run_chain(context, at_step0=measure_step0):
-            tracker.close()
+            tracker.close(STOPPED_EXIT_CODE, resumable=True)
             return STOPPED_EXIT_CODE
         conclude(context)
         if ranks.rank == 0:
@@ -155,7 +150,7 @@ def conclude(run: Any) -> None:
     from moe_ext.analysis.report import write_report
     from moe_ext.analysis.run_folder import load_run
     from moe_ext.analysis.summary import print_summary
-    from moe_ext.export import save_extension
+    from moe_ext.export import read_manifest, save_extension
     from moe_ext.training.conclusion import evaluate_run, gather_extension, last_model
 
     model = last_model(run)
@@ -172,6 +167,7 @@ def conclude(run: Any) -> None:
                 notes=notes,
             )
         run.tracker.say(f"extension: {folder}")
+        run.tracker.evaluation(load_run(run.folder).evaluation, folder, read_manifest(folder))
         report = write_report(run.folder)
         print_summary(load_run(run.folder))
         run.tracker.say(f"report: {report}")

@@ -1,5 +1,7 @@
 """The configuration refuses typos, wrong types and impossible combinations in one line."""
 
+import importlib.util
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -31,6 +33,7 @@ def test_every_experiment_composes(experiment):
         "connector=mlp_random",
         "parallel=expert",
         "tracking=local",
+        "tracking=tensorboard",
     ],
 )
 def test_every_group_choice_composes(choice):
@@ -55,6 +58,9 @@ def test_values_arrive_typed():
         (["+optim.clipnorm=1"], "optim.clipnorm is not a setting; did you mean optim.clip_norm?"),
         (["+bogus=1"], "bogus is not a setting"),
         (["stages.tun.steps=3"], "stages.tun is not a setting"),
+        (["tracking.alerts.loss_spike=0.9"], "tracking.alerts.loss_spike=0.9 is a multiple"),
+        (["tracking.alerts.window=1"], "tracking.alerts.window=1 must be at least 2"),
+        (["tracking.log_every=0"], "tracking.log_every=0 must be at least 1"),
         (
             ["optim.clip_norm=abc"],
             "optim.clip_norm: Value 'abc' of type 'str' could not be converted",
@@ -137,3 +143,14 @@ def test_a_resolved_file_reads_back_equal(tmp_path):
     file.write_text(file.read_text().replace("clip_norm", "clipnorm"))
     with pytest.raises(ConfigError, match="did you mean optim.clip_norm"):
         load(CONF_DIR, [], file)
+
+
+def test_tensorboard_without_its_package_is_refused_at_the_start(monkeypatch):
+    config = compose("experiment=demo", "tracking=tensorboard")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "tensorboard" else find(name)
+    )
+    with pytest.raises(ValueError, match=r"pip install 'moe_ext\[tensorboard\]'"):
+        check_paths(config)
+    check_paths(compose("experiment=demo", "tracking=wandb"))

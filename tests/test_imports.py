@@ -33,7 +33,7 @@ HOMES: dict[str, set[str]] = {
     "deepspeed": {"training/", "benchmarks/"},
     "torch.distributed": {"model/dispatch.py", "training/", "analysis/", "train.py", "benchmarks/"},
     "webdataset": {"data/shards.py", "benchmarks/"},
-    "wandb": {"training/tracking.py"},
+    "wandb": {"training/views.py"},
     "hydra": {"config.py", "commands"},
     "omegaconf": {"config.py", "commands"},
     "transformers": {

@@ -2,10 +2,12 @@
 
 config.json      the resolved configuration: `TrainConfig` as plain JSON
 metrics.jsonl    one JSON object a line, written by rank 0; `event` says what it is (absent: "step")
-    step         {"stage", "step", "time_s", "loss": {name: nats}, "grad_norm", "learning_rate",
-                  "tokens_per_s", "data_wait_s", "real_token_share" of the step's positions,
-                  "truncated_samples" since this start}; after a resume a step may appear twice, the
-                  later line counts
+    step         {"stage", "step", "global_step", "time_s", "step_s", "loss": {name: nats}, "grad_norm",
+                  "grad_norm_by_part", "learning_rate", "tokens_per_s", "data_wait_s",
+                  "real_token_share" of the step's positions, "truncated_samples" since this start,
+                  "skipped"} and what `training/loop.py` says of the experts; after a resume a step may
+                  appear twice, the later line counts
+    alert        {"rule", "text"}: see `training/alerts.py`
     stage        one a finished stage, work outside of training (upcycle, evaluate) included:
                   {"stage", "kind", "steps", "minutes", "tokens_per_s", "trainable_parameters",
                   "total_parameters", "peak_memory_bytes": [one a rank]}; the last line of a stage
@@ -26,6 +28,8 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass
@@ -53,7 +57,7 @@ def load_run(folder: Path | str) -> Run:
         ValueError: the folder holds no metrics.jsonl.
     """
     folder = Path(folder)
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS_FILE
     if not metrics.is_file():
         raise ValueError(
             f"run_dir={folder} holds no metrics.jsonl, so there is no run to report; "

@@ -51,7 +51,8 @@ def script_text(
         directives.append(f"--array=0-{len(runs) - 1}{limit}")
     directives += launcher.directives
     variables = variables_of(launcher, group)
-    command = [*launcher.wrapper, sys.executable, "-u", "-m", launcher.module]
+    python = launcher.python or sys.executable
+    command = [*launcher.wrapper, python, "-u", "-m", launcher.module]
     return ScriptTemplate((launchers_dir() / "slurm.sbatch").read_text()).substitute(
         name=group or runs[0].run_id,
         nodes=launcher.nodes,

@@ -26,6 +26,8 @@ from moe_ext.training.tracking import Tracker
 
 LOSSES = ("nll", "balance", "z", "router_kl")
 """Names of the parts of the loss, in the order of the loop."""
+MODALITIES = ("text", "image")
+"""Kinds of tokens that the counts tell apart: of text, and of any other modality."""
 
 
 class TooManyBadSteps(RuntimeError):
@@ -91,10 +93,9 @@ def train(
     device = engine.topology.device
     with_losses = balance_choice is not None or any(_coefficients(stage))
     batches = iter(loader)
-    with tracker.progress(name, stage.steps, position.step) as show:
+    with tracker.progress(name, stage.steps, position.step) as show, tracker.watching():
         while position.step < stage.steps:
             began = time.perf_counter()
-
             # The step's micro-batches first: its targets must be counted before the first backward.
             micro_batches, wait_s = [], 0.0
             for _ in range(stage.accumulation):
@@ -131,6 +132,7 @@ def train(
             if taken and balance_choice is not None:
                 balance_choice(choices)
 
+            tracker.alive()
             position.step += 1
             position.tokens += int(num_tokens)
             count_bad_steps(taken, name, stage, position, tracker)
@@ -143,6 +145,7 @@ def train(
                     "stage": name,
                     "step": position.step,
                     "time_s": position.elapsed_s + took_s,
+                    "step_s": took_s,
                     "loss": losses if with_losses else {"nll": losses["nll"]},
                     "grad_norm": norm,
                     "grad_norm_by_part": part_norms,
@@ -303,30 +306,46 @@ def _add_selections(selections: dict[int, Tensor], output: Output) -> None:
 
 
 def _expert_metrics(selections: dict[int, Tensor], num_frozen: dict[int, int]) -> dict[str, Any]:
-    """Load, entropy and new experts' share, over all ranks' tokens. One reduction.
+    """Load, entropy and new experts' shares, over all ranks' tokens. One reduction.
 
     `expert_load` is the busiest expert's share times the number of experts (1.0 is even);
-    `expert_entropy` is relative to the even distribution's; `new_share` is the share of the choices
-    of text tokens and of image tokens, in extended layers, that went to new experts.
+    `expert_entropy` is relative to the even distribution's; both by layer, and by layer in `text` and
+    `image`, over these tokens alone. `new_share` is the share of the choices of text tokens and of
+    image tokens, in extended layers, that went to new experts: for text it says how far the base's own
+    routing was displaced. `new_expert_share` holds each new expert's share of its layer's choices.
     """
     layers = sorted(selections)
     together = torch.cat([selections[layer].reshape(-1) for layer in layers])
     dist.all_reduce(together)
     split = together.split([selections[layer].numel() for layer in layers])
-    load, entropy = {}, {}
+    kinds = {name: {"load": {}, "entropy": {}} for name in ("all", *MODALITIES)}
+    new_by_layer: dict[str, dict[int, float]] = {name: {} for name in MODALITIES}
+    new_expert_share: dict[int, list[float]] = {}
     new, all_ = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for layer, flat in zip(layers, split, strict=True):
         count_MX = flat.view(2, -1).double().cpu()
-        share_X = count_MX.sum(0) / count_MX.sum().clamp(min=1)
-        load[layer] = float(share_X.max() * len(share_X))
-        entropy[layer] = float(
-            torch.special.entr(share_X).sum() / max(math.log(len(share_X)), 1e-9)
-        )
-        if num_frozen[layer] < len(share_X):
+        count_KX = torch.cat([count_MX.sum(0, keepdim=True), count_MX])  # K: all, then modalities
+        share_KX = count_KX / count_KX.sum(1, keepdim=True).clamp(min=1)
+        num_experts = share_KX.shape[1]
+        loads = (share_KX.amax(1) * num_experts).tolist()
+        entropy_K = torch.special.entr(share_KX).sum(1) / max(math.log(num_experts), 1e-9)
+        for kind, load, entropy in zip(kinds.values(), loads, entropy_K.tolist(), strict=True):
+            kind["load"][layer], kind["entropy"][layer] = load, entropy
+        if num_frozen[layer] < num_experts:
+            new_KX = share_KX[:, num_frozen[layer] :]
+            new_expert_share[layer] = new_KX[0].tolist()
+            for name, share in zip(MODALITIES, new_KX[1:].sum(1).tolist(), strict=True):
+                new_by_layer[name][layer] = share
             new += count_MX[:, num_frozen[layer] :].sum(1)
             all_ += count_MX.sum(1)
-    metrics: dict[str, Any] = {"expert_load": load, "expert_entropy": entropy}
-    if all_.sum() > 0:
+    whole = kinds.pop("all")
+    metrics: dict[str, Any] = {"expert_load": whole["load"], "expert_entropy": whole["entropy"]}
+    for name in MODALITIES:
+        metrics[name] = kinds[name] | (
+            {"new_share": new_by_layer[name]} if new_expert_share else {}
+        )
+    if new_expert_share:
         shares = (new / all_.clamp(min=1)).tolist()
-        metrics["new_share"] = {"text": shares[0], "image": shares[1]}
+        metrics["new_share"] = dict(zip(MODALITIES, shares, strict=True))
+        metrics["new_expert_share"] = new_expert_share
     return metrics

@@ -193,6 +193,7 @@ def train_stage(
             tensors = checkpoint.rank_tensors(topology.rank)
             resume.restore_generators(tensors, states[topology.rank]["generators"])
         run.tracker.say(f"[{name}] resumed from step {position.step} of {stage.steps}")
+        run.tracker.enter(name, checkpoint.state.get("tracking"))
         run.tracker.event("resume", stage=name, step=position.step, ranks=topology.world_size)
 
     audit = Audit(name, stage.train, model, chosen, engine, watch)
@@ -210,12 +211,14 @@ def train_stage(
             "adam_step": adam_step,
             "loader": merge_states(loaders),
             "identity": run.identity(name),
+            "tracking": run.tracker.state(),
         }
         snapshot = Snapshot(pieces, state, {"generators": generators}, tensors, statics_of(model))
         folder = run.stage_folder(name) / "checkpoints"
         run.publish(folder, f"step-{at.step:07d}", snapshot, keep=config.keep_checkpoints)
         status(run, "running", name, at.step)
 
+    run.tracker.enter(name)
     finished = train(
         name,
         stage,

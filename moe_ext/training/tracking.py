@@ -1,21 +1,26 @@
-"""What a run shows and records, on rank 0: progress, console, one JSONL of truth, W&B, TensorBoard.
+"""What a run shows and records, on rank 0: progress, console, one JSONL of truth, alerts, and views of it.
 
-Nothing here may stop or hang a run. The JSONL is the record; everything else is a view of it, and a
-view that fails turns itself off with one line on the console.
+Nothing here may stop or hang a run. The JSONL is the record; W&B and TensorBoard (`views.py`) are made
+from it.
 """
 
 import contextlib
 import json
 import math
-import os
-import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-METRICS_FILE = "metrics.jsonl"
+from moe_ext.analysis.run_folder import METRICS_FILE, load_run
+from moe_ext.config import TrackingConfig
+from moe_ext.training.alerts import Alert, Alerts, Watchdog
+from moe_ext.training.views import TensorBoard, Wandb
+
+NO_VALUES = ("event", "stage", "step", "global_step")
+"""Fields of a step record that say where it belongs."""
 LINE_EVERY_S = 10.0
 """Without a terminal, a line at most every so many seconds."""
 
@@ -27,12 +32,14 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._lock = threading.Lock()  # the watchdog writes from a thread of its own
         if torn:  # a killed run left half a line: end it, readers skip it
             self._file.write("\n")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-        self._file.flush()
+        with self._lock:
+            self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -47,121 +54,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-class Wandb:
-    """W&B that can neither stop nor hang: offline without a key or a network, off after an error."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        config: dict[str, Any],
-        *,
-        project: str,
-        entity: str = "",
-        name: str = "",
-        group: str = "",
-        say: Callable[[str], None] = print,
-        init_timeout_s: float = 15.0,
-        finish_timeout_s: float = 30.0,
-    ):
-        self._run: Any = None
-        self._say = say
-        identity = run_dir / "wandb_id"
-        try:
-            import wandb
-        except Exception as error:
-            say(f"W&B is off: {type(error).__name__}: {error}")
-            return
-        if not identity.is_file():
-            identity.write_text(secrets.token_hex(4))
-        self.id = identity.read_text().strip()
-        common = {
-            "project": project,
-            "entity": entity or None,
-            "name": name or None,
-            "group": group or None,
-            "id": self.id,
-            "resume": "allow",
-            "dir": str(run_dir),
-            "config": config,
-        }
-        for mode in ("offline",) if not _has_key() else ("online", "offline"):
-            try:
-                settings = wandb.Settings(
-                    init_timeout=init_timeout_s,
-                    finish_timeout=finish_timeout_s,
-                    silent=True,
-                    console="off",
-                    x_disable_stats=True,
-                )
-                self._run = wandb.init(mode=mode, settings=settings, **common)
-                if mode == "offline":
-                    say(f"W&B records offline in {run_dir / 'wandb'}; `wandb sync` sends it later")
-                return
-            except Exception as error:
-                say(f"W&B {mode} failed: {type(error).__name__}: {_first_line(error)}")
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self._guard(lambda run: run.log(values, step=step))
-
-    def finish(self) -> None:
-        self._guard(lambda run: run.finish())
-        self._run = None
-
-    def _guard(self, call: Callable[[Any], Any]) -> None:
-        if self._run is None:
-            return
-        try:
-            call(self._run)
-        except Exception as error:  # its service died, its disk is full, ...
-            self._run = None
-            self._say(f"W&B is off from here on: {type(error).__name__}: {_first_line(error)}")
-
-
-def _has_key() -> bool:
-    mode = os.environ.get("WANDB_MODE", "")
-    if mode in ("offline", "disabled", "dryrun"):
-        return False
-    netrc = Path.home() / ".netrc"
-    with contextlib.suppress(OSError):
-        if netrc.is_file() and "wandb" in netrc.read_text():
-            return True
-    return bool(os.environ.get("WANDB_API_KEY"))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
-
-
-class TensorBoard:
-    """TensorBoard's event files; off with one line when the package is missing or a write fails."""
-
-    def __init__(self, run_dir: Path, say: Callable[[str], None]):
-        self._writer: Any = None
-        self._say = say
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-        except Exception as error:
-            say(f"TensorBoard is off: {type(error).__name__}: {_first_line(error)}")
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        if self._writer is None:
-            return
-        try:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(name, value, step)
-        except Exception as error:
-            self._writer = None
-            self._say(f"TensorBoard is off from here on: {type(error).__name__}: {error}")
-
-    def finish(self) -> None:
-        if self._writer is not None:
-            with contextlib.suppress(Exception):
-                self._writer.close()
 
 
 class Progress:
@@ -230,42 +122,43 @@ class Tracker:
 
     Args:
         config: the resolved configuration as plain values, for W&B.
+        settings: which views there are, and what is worth an alert.
+        group: joins the runs of a sweep in W&B.
     """
 
     def __init__(
         self,
         run_dir: Path,
         config: dict[str, Any],
+        settings: TrackingConfig,
         *,
         rank: int = 0,
-        wandb: bool = False,
-        wandb_project: str = "moe_ext",
-        wandb_entity: str = "",
-        name: str = "",
         group: str = "",
-        tensorboard: bool = False,
-        bars: bool = True,
     ):
-        self.active, self.bars = rank == 0, bars
+        self.active, self.bars = rank == 0, settings.progress
         self._progress: Progress | None = None
         self._views: list[Wandb | TensorBoard] = []
+        self._alerts, self._alert_settings = Alerts(settings.alerts), settings.alerts
+        self._watchdog: Watchdog | None = None
+        self._stage = ""
+        self._run_dir = run_dir
         if not self.active:
             return
         self._lines = JsonLines(run_dir / METRICS_FILE)
-        if wandb:
-            self._views.append(
-                Wandb(
-                    run_dir,
-                    config,
-                    project=wandb_project,
-                    entity=wandb_entity,
-                    name=name,
-                    group=group,
-                    say=self.say,
-                )
+        if settings.wandb:
+            view = Wandb(
+                run_dir,
+                config,
+                project=settings.wandb_project,
+                entity=settings.wandb_entity,
+                group=group,
+                timeout_s=settings.wandb_timeout_s,
+                history=self.history,
+                say=self.say,
             )
-        if tensorboard:
-            self._views.append(TensorBoard(run_dir, self.say))
+            self._views.append(view)
+        if settings.tensorboard:
+            self._views.append(TensorBoard(run_dir, history=self.history, say=self.say))
 
     def say(self, text: str) -> None:
         """A line for people."""
@@ -289,14 +182,67 @@ class Tracker:
             self._progress.close()
             self._progress = None
 
+    # ---- stages ------------------------------------------------------------------------------
+
+    def enter(self, stage: str, known: dict[str, Any] | None = None) -> None:
+        """What follows belongs to this stage; `known` is what its checkpoint holds of `state()`."""
+        if not self.active:
+            return
+        if stage != self._stage:
+            self._stage, self._alerts = stage, Alerts(self._alert_settings)
+        for view in self._views:
+            view.enter(stage, (known or {}).get("wandb_id", ""))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the id under which W&B knows this run."""
+        ids = [view.id for view in self._views if isinstance(view, Wandb)]
+        return {"wandb_id": ids[0]} if ids else {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, an alert is given when no step is reported for `tracking.alerts.stalled_s`."""
+        limit_s = self._alert_settings.stalled_s
+        if not self.active or not limit_s:
+            yield
+            return
+
+        def stalled(silent_s: float) -> None:
+            text = (
+                f"[{self._stage}] no step for {silent_s:.0f} s: a loader, a rank or the network hangs; "
+                f"tracking.alerts.stalled_s={limit_s:g}"
+            )
+            self.alert(Alert("stalled", text))
+
+        self._watchdog = Watchdog(limit_s, stalled)
+        try:
+            yield
+        finally:
+            self._watchdog.close()
+            self._watchdog = None
+
+    def alive(self) -> None:
+        """A step has ended, whether it is logged or not."""
+        if self._watchdog is not None:
+            self._watchdog.report()
+
+    # ---- records -----------------------------------------------------------------------------
+
     def step(self, record: dict[str, Any], global_step: int) -> None:
         """One training step: `stage`, `step`, and numbers, nested by name."""
         if not self.active:
             return
-        self._lines.write({"event": "step", **record})
-        values = flatten({k: v for k, v in record.items() if k not in ("stage", "step")})
+        self._lines.write({"event": "step", "global_step": global_step, **record})
         for view in self._views:
-            view.log({f"{record['stage']}/{k}": v for k, v in values.items()}, global_step)
+            view.log(values_of(record), global_step)
+        for alert in self._alerts.look(record):
+            self.alert(alert)
+
+    def alert(self, alert: Alert) -> None:
+        """Something that a person should look at."""
+        self.event("alert", rule=alert.kind, text=alert.text)
+        self.say(f"ALERT {alert.text}")
+        for view in self._views:
+            view.alert(alert.kind, alert.text)
 
     def stage(self, record: dict[str, Any]) -> None:
         """One finished piece of work; see `analysis/run_folder.py`."""
@@ -308,12 +254,45 @@ class Tracker:
         if self.active:
             self._lines.write({"event": kind, "time": time.time(), **fields})
 
-    def close(self) -> None:
+    def evaluation(self, parts: dict[str, Any], extension: Path, metadata: dict[str, Any]) -> None:
+        """The results of a run: its numbers, its gallery of images and captions, its extension."""
+        self.enter("evaluate")
+        numbers = {k: v for k, v in parts.items() if k not in ("gallery", "experts")}
+        for view in self._views:
+            view.summary(flatten(_without_lists(numbers)))
+            if parts.get("gallery"):
+                view.gallery(parts["gallery"])
+            view.artifact(extension, metadata)
+
+    def history(self, stage: str) -> Iterator[tuple[int, dict[str, float]]]:
+        """(global step, values) of what the JSONL holds of a stage, in order, each step once."""
+        by_step = {}
+        for record in load_run(self._run_dir).steps.get(stage, []):
+            if "global_step" in record:
+                by_step[int(record["global_step"])] = values_of(record)
+        yield from sorted(by_step.items())
+
+    def close(self, code: int = 0, resumable: bool = False) -> None:
+        """End the views; `code` is the process's, `resumable` says that it was asked to stop."""
         if not self.active:
             return
         for view in self._views:
-            view.finish()
+            view.finish(code, resumable)
         self._lines.close()
+
+
+def values_of(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a step record under the names that views give them."""
+    return flatten({k: v for k, v in record.items() if k not in NO_VALUES})
+
+
+def _without_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """The results without their tables of every candidate."""
+    return {
+        key: _without_lists(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if not isinstance(value, list | tuple)
+    }
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

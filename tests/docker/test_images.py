@@ -1,43 +1,20 @@
-"""The images are built and run by a real Docker engine, on a base made here.
-
-MOE_EXT_DOCKER_FOLDER names a folder that keeps the engine's images between runs.
-"""
+"""The images are built and run by a real Docker engine, on a base made here (`conftest.py`)."""
 
 import json
-import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.infra.docker_engine import BASE, NEEDED, DockerEngine
-from tests.infra.machine import ROOT
+from moe_ext.training.ownership import read_status
+from moe_ext.training.signals import STOPPED_EXIT_CODE
+from tests.infra.docker_engine import NEEDED, DockerEngine
+from tests.infra.machine import ROOT, wait_until
+from tests.training.tiny import make_inputs, overrides
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800), *NEEDED]
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerEngine]:
-    kept = os.environ.get("MOE_EXT_DOCKER_FOLDER")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("docker") / "engine"
-    with DockerEngine(folder) as engine:
-        yield engine
-    if not kept:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def images(engine: DockerEngine) -> dict[str, str]:
-    """Kind -> image, both built from the working tree."""
-    for kind in ("cpu", "cuda"):
-        engine.docker(
-            *("build", "--network", "host", "--build-arg", f"BASE={BASE}", "-t", f"moe_ext:{kind}"),
-            *("-f", str(ROOT / "docker" / f"Dockerfile.{kind}"), str(ROOT)),
-        )
-    return {kind: f"moe_ext:{kind}" for kind in ("cpu", "cuda")}
 
 
 @pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
@@ -95,7 +72,10 @@ def test_two_containers_train_the_smoke_run_together(
     engine.run(*compose, "config", "-q")
     engine.run(*compose, "down", "-v", check=False)
     output = engine.run(
-        *compose, "up", "--abort-on-container-exit", check=False, IMAGE=images["cpu"]
+        *(*compose, "up", "--abort-on-container-exit"),
+        check=False,
+        IMAGE=images["cpu"],
+        THREADS="1",
     )
     listing = engine.docker(
         *(
@@ -114,3 +94,38 @@ def test_two_containers_train_the_smoke_run_together(
     engine.run(*compose, "down", "-v", check=False)
     assert '"state": "finished"' in listing, output[-6000:]
     assert "report.html" in listing
+
+
+def test_docker_stop_publishes_and_the_next_start_goes_on(
+    engine: DockerEngine, images: dict[str, str], tmp_path: Path
+) -> None:
+    make_inputs(tmp_path)
+    subprocess.run(["chmod", "-R", "a+rwX", str(tmp_path)], check=True)  # for the image's user
+    words = overrides(Path("/inputs"), "run", "stages.align.steps=5000")
+    run = ("run", "-d", "--name", "stopped", "--network", "none", "--shm-size", "1g")
+    command = (*run, "-v", f"{tmp_path}:/inputs", images["cpu"], "launch", *words)
+
+    def said(text: str) -> bool:
+        state = engine.docker("inspect", "-f", "{{.State.Status}}", "stopped").strip()
+        logs = engine.docker("logs", "stopped")
+        assert state != "exited", logs[-3000:]
+        return text in logs
+
+    def exit_code() -> int:
+        return int(engine.docker("wait", "stopped").split()[-1])
+
+    engine.docker(*command)
+    try:
+        wait_until(lambda: said("[align] 1/5000"), 240, "the first step in the container")
+        engine.docker("stop", "-t", "60", "stopped")
+        assert exit_code() == STOPPED_EXIT_CODE
+        status = read_status(tmp_path / "run")
+        assert status is not None
+        assert (status.state, status.stage) == ("stopped", "align")
+        assert status.step > 0
+        engine.docker("rm", "stopped")
+        engine.docker(*command)
+        wait_until(lambda: said(f"resumed from step {status.step} "), 240, "the second start")
+    finally:
+        print(engine.docker("logs", "stopped", check=False)[-3000:])
+        engine.docker("rm", "-f", "stopped", check=False)

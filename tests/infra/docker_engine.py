@@ -1,7 +1,8 @@
 """A real Docker engine with a socket and data of its own, and a local base image to build on.
 
-No registry is needed: the base is a Debian made by mmdebstrap, with Python and with the torch wheel
-that this machine's own pip chooses.
+No registry of images is needed: the base is a Debian made by mmdebstrap, with Python. Inside, packages
+come from pip's own index, and torch from an index served here, which holds the one wheel that this
+machine's own pip chooses: what `--build-arg TORCH_INDEX` is for.
 """
 
 import contextlib
@@ -9,6 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tests.infra.machine import PATH, ROOT, needs, wait_until
@@ -22,8 +27,7 @@ FROM debian-local
 RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv ca-certificates \\
     && rm -rf /var/lib/apt/lists/*
 COPY certificates.crt /certificates.crt
-COPY wheels /wheels
-ENV PIP_CERT=/certificates.crt PIP_FIND_LINKS=/wheels
+ENV PIP_CERT=/certificates.crt
 """
 
 
@@ -98,14 +102,28 @@ class DockerEngine:
             archive.unlink()
         context = self.folder / "base"
         shutil.rmtree(context, ignore_errors=True)
-        (context / "wheels").mkdir(parents=True)
+        context.mkdir()
         (context / "Dockerfile").write_text(BASE_DOCKERFILE)
         shutil.copy(CERTIFICATES, context / "certificates.crt")
-        lock = ROOT / "requirements.lock"
-        (torch,) = (line for line in lock.read_text().splitlines() if line.startswith("torch=="))
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        self.run(*pip, "--dest", str(context / "wheels"), torch)
         self.docker("build", "--network", "host", "-t", BASE, str(context))
+
+    @contextlib.contextmanager
+    def torch_index(self) -> Iterator[str]:
+        """Address of a package index on this machine's loopback with the locked torch alone."""
+        folder = self.folder / "index"
+        (folder / "torch").mkdir(parents=True, exist_ok=True)
+        if not list((folder / "torch").glob("*.whl")):
+            lock = (ROOT / "requirements.lock").read_text()
+            (torch,) = (line for line in lock.splitlines() if line.startswith("torch=="))
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            self.run(*pip, "--dest", str(folder / "torch"), torch)
+        handler = partial(_Quiet, directory=str(folder))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            try:
+                yield f"http://127.0.0.1:{server.server_port}"
+            finally:
+                server.shutdown()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -124,3 +142,10 @@ class DockerEngine:
         for mount in sorted(mounts, reverse=True):
             if mount.startswith(f"{self.folder}/"):
                 subprocess.run(["umount", mount], capture_output=True)
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    """Folders as pages of links: what pip takes for an index."""
+
+    def log_message(self, *_: object) -> None:
+        pass

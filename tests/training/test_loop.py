@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_ext.batch import IGNORED_LABEL, Batch
-from moe_ext.config import StageConfig
+from moe_ext.config import StageConfig, TrackingConfig
 from moe_ext.data import Loader, SampleBuilder, ShardStream, TooManyBadSamples, write_shards
 from moe_ext.model.multimodal import Output
 from moe_ext.model.routing import LayerRecord, RoutingContext
@@ -80,7 +80,7 @@ class _Engine:
 def _train(engine, tmp_path, **settings):
     stage = StageConfig(learning_rate=1.0, sequences_per_rank=2, **settings)
     saved, position = [], loop.Position()
-    tracker = Tracker(tmp_path, {}, bars=False)
+    tracker = Tracker(tmp_path, {}, TrackingConfig(wandb=False, progress=False))
     finished = loop.train(
         "tune",
         stage,
@@ -238,3 +238,11 @@ def test_router_losses_of_two_ranks_add_up_to_the_whole():
     new = (chosen == 3).float().mean(1)  # only layer 3 has a new expert, its last
     assert metrics["new_share"]["image"] == pytest.approx(float(new[modality == 1].mean()))
     assert metrics["new_share"]["text"] == pytest.approx(float(new[modality == 0].mean()))
+    assert metrics["new_expert_share"] == {3: [pytest.approx(float(load[3]))]}
+    for kind, name in enumerate(("text", "image")):
+        of_kind = torch.bincount(chosen[modality == kind].flatten(), minlength=4).double()
+        of_kind = of_kind / of_kind.sum()
+        assert metrics[name]["load"][5] == pytest.approx(float(of_kind.max() * 4))
+        entropy = float(torch.special.entr(of_kind).sum() / math.log(4))
+        assert metrics[name]["entropy"][3] == pytest.approx(entropy)
+        assert metrics[name]["new_share"] == {3: pytest.approx(float(of_kind[3]))}

@@ -1,12 +1,12 @@
-"""What a run records survives a kill, and no view of it can stop a run."""
+"""What a run records survives a kill, and is complete whatever its views do."""
 
 import json
-import sys
-import types
+import time
 
-import pytest
+from moe_ext.config import AlertConfig, TrackingConfig
+from moe_ext.training.tracking import JsonLines, Progress, Tracker, flatten
 
-from moe_ext.training.tracking import JsonLines, Progress, Tracker, Wandb, flatten
+QUIET = TrackingConfig(wandb=False, progress=False)
 
 
 def _lines(path):
@@ -37,7 +37,8 @@ def test_nested_numbers_get_slashed_names():
 
 
 def test_other_ranks_record_nothing(tmp_path):
-    tracker = Tracker(tmp_path / "run", {}, rank=1, wandb=True)
+    tracker = Tracker(tmp_path / "run", {}, TrackingConfig(wandb=True), rank=1)
+    tracker.enter("a")
     tracker.step({"stage": "a", "step": 1}, 1)
     with tracker.progress("a", 3) as show:
         show(1, "note")
@@ -62,113 +63,44 @@ def test_without_a_terminal_progress_is_lines_with_the_time_left(capsys, monkeyp
     ]
 
 
-class _FakeRun:
-    def __init__(self, error=None):
-        self.error, self.logged, self.finished = error, [], False
-
-    def log(self, values, step):
-        if self.error:
-            raise self.error
-        self.logged.append((step, values))
-
-    def finish(self):
-        if self.error:
-            raise self.error
-        self.finished = True
+def _record(step, nll=2.0, stage="tune", **more):
+    usual = {"grad_norm": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
+    return {"stage": stage, "step": step, "loss": {"nll": nll}} | usual | more
 
 
-def _fake_wandb(monkeypatch, outcomes):
-    """A wandb whose `init` meets each of `outcomes` in turn: a run, or an exception."""
-    module = types.ModuleType("wandb")
-    module.calls = []
-
-    def init(**options):
-        module.calls.append(options)
-        outcome = outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    module.init = init
-    module.Settings = lambda **options: options
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return module
+def test_history_has_each_step_once_and_the_later_line_counts(tmp_path):
+    tracker = Tracker(tmp_path, {}, QUIET)
+    tracker.step(_record(1, stage="align"), 11)
+    for step, nll in ((1, 3.0), (2, 9.0), (3, 9.0), (2, 2.0), (3, 1.0)):  # killed and resumed
+        tracker.step(_record(step, nll), 10 + step)
+    found = [(step, values["loss/nll"]) for step, values in tracker.history("tune")]
+    assert found == [(11, 3.0), (12, 2.0), (13, 1.0)]
+    assert "step" not in next(iter(tracker.history("align")))[1]
 
 
-def _open(tmp_path, said):
-    return Wandb(tmp_path, {"a": 1}, project="p", name="n", say=said.append)
+def test_an_alert_is_a_line_and_an_event(tmp_path, capsys):
+    settings = TrackingConfig(wandb=False, progress=False, alerts=AlertConfig(window=2))
+    tracker = Tracker(tmp_path, {}, settings)
+    tracker.enter("tune")
+    for step, nll in ((1, 2.0), (2, 2.0), (3, 3.5)):
+        tracker.step(_record(step, nll), step)
+    (event,) = [r for r in _lines(tmp_path / "metrics.jsonl") if r["event"] == "alert"]
+    assert event["rule"] == "loss_spike"
+    assert event["text"] in capsys.readouterr().out
 
 
-def test_without_a_network_wandb_goes_offline(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    run, said = _FakeRun(), []
-    module = _fake_wandb(monkeypatch, [RuntimeError("timed out\nmore"), run])
-    wandb = _open(tmp_path, said)
-    wandb.log({"x": 1}, 3)
-    wandb.finish()
-    assert [call["mode"] for call in module.calls] == ["online", "offline"]
-    assert run.logged == [(3, {"x": 1})]
-    assert run.finished
-    assert said[0] == "W&B online failed: RuntimeError: timed out"
-    settings = module.calls[0]["settings"]
-    assert settings["init_timeout"] <= 15
-    assert settings["finish_timeout"] <= 30  # its default waits for ever
-
-
-def test_without_a_key_wandb_is_offline_at_once(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    module = _fake_wandb(monkeypatch, [_FakeRun()])
-    _open(tmp_path, [])
-    assert [call["mode"] for call in module.calls] == ["offline"]
-
-
-def test_the_run_keeps_its_id_over_restarts(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    module = _fake_wandb(monkeypatch, [_FakeRun(), _FakeRun()])
-    first, second = _open(tmp_path, []), _open(tmp_path, [])
-    assert first.id == second.id
-    assert module.calls[0]["id"] == module.calls[1]["id"]
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError("its service died"), OSError(28, "full")])
-def test_a_failing_wandb_turns_itself_off(tmp_path, monkeypatch, error):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    _fake_wandb(monkeypatch, [_FakeRun(error)])
-    said = []
-    wandb = _open(tmp_path, said)
-    for step in range(3):
-        wandb.log({"x": 1}, step)
-    wandb.finish()
-    assert len([text for text in said if "off from here on" in text]) == 1
-
-
-def test_wandb_that_never_starts_stops_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    _fake_wandb(monkeypatch, [RuntimeError("no")])
-    wandb = _open(tmp_path, [])
-    wandb.log({"x": 1}, 1)
-    wandb.finish()
-
-
-def test_the_record_is_complete_when_every_view_fails(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    _fake_wandb(monkeypatch, [_FakeRun(ConnectionResetError("died"))])
-    tracker = Tracker(tmp_path, {}, wandb=True, bars=False)
-    for step in (1, 2):
-        tracker.step({"stage": "tune", "step": step, "loss": {"nll": 2.0}}, step)
-    tracker.stage({"stage": "tune", "minutes": 1})
-    tracker.close()
-    assert [r["event"] for r in _lines(tmp_path / "metrics.jsonl")] == ["step", "step", "stage"]
-
-
-@pytest.mark.slow
-def test_the_real_wandb_records_offline(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    said = []
-    wandb = _open(tmp_path, said)
-    wandb.log({"loss": 1.0}, 1)
-    wandb.finish()
-    assert not [text for text in said if "fail" in text or "off from" in text]
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+def test_silence_inside_a_stage_is_an_alert_and_a_step_ends_it(tmp_path):
+    settings = TrackingConfig(wandb=False, progress=False, alerts=AlertConfig(stalled_s=0.4))
+    tracker = Tracker(tmp_path, {}, settings)
+    tracker.enter("tune")
+    with tracker.watching():
+        for _ in range(6):  # 0.6 s of steps, none of them logged: no alert
+            tracker.alive()
+            time.sleep(0.1)
+        quiet = _lines(tmp_path / "metrics.jsonl")
+        time.sleep(1.2)
+    time.sleep(0.6)  # nobody listens any more
+    assert quiet == []
+    alerts = [r for r in _lines(tmp_path / "metrics.jsonl") if r["event"] == "alert"]
+    assert [a["rule"] for a in alerts] == ["stalled"]
+    assert "tracking.alerts.stalled_s=0.4" in alerts[0]["text"]

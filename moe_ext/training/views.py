@@ -1,0 +1,378 @@
+"""Views of a run beside its JSONL: W&B and TensorBoard. Neither can stop or hang a run.
+
+A view that fails turns itself off with one line on the console. Since the JSONL is the record, a view is
+made whole from it: what a killed process had not written yet is sent again by the next start, and no
+step is sent twice or backwards.
+
+Each stage is a run of its own in W&B (`job_type`), all of them and the evaluation in one group; each is
+a folder of its own in TensorBoard. Names of values carry no stage, so that one panel serves them all.
+"""
+
+import base64
+import contextlib
+import io
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ID_FILE = "wandb_id"
+SECRET_KEY = re.compile(r"(?i)(^|[_.-])(api_?key|key|token|secret|password|passwd|credentials?)$")
+SECRET_IN_URL = (
+    (re.compile(r"(?<=://)[^/@\s]+(?=@)"), "***"),
+    (
+        re.compile(r"(?i)([?&][^=&\s]*(?:signature|token|key|secret|credential)[^=&\s]*=)[^&\s]+"),
+        r"\1***",
+    ),
+)
+Values = dict[str, float]
+History = Callable[[str], Iterable[tuple[int, Values]]]
+"""Stage -> (global step, values) of what the JSONL holds of it, in order of step, each step once."""
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """A configuration as others may see it: no text under a key that names a secret, no password and
+    no signature in a URL."""
+    if isinstance(value, dict):
+        return {str(k): without_secrets(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(v, key) for v in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if SECRET_KEY.search(key):
+        return "***"
+    for pattern, instead in SECRET_IN_URL:
+        value = pattern.sub(instead, value)
+    return value
+
+
+@contextlib.contextmanager
+def clean_arguments() -> Iterator[None]:
+    """Inside, sys.argv holds no secret: neither in an override `key=value` nor in a URL."""
+
+    def clean(argument: str) -> str:
+        key, is_override, value = argument.partition("=")
+        return f"{key}={without_secrets(value, key)}" if is_override else without_secrets(argument)
+
+    kept = sys.argv
+    sys.argv = [*kept[:1], *map(clean, kept[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = kept
+
+
+class Wandb:
+    """W&B that can neither stop nor hang: offline without a key or a network, off after an error.
+
+    Args:
+        config: the resolved configuration as plain values; secrets are taken out here.
+        history: what the JSONL holds, for what W&B lacks of a stage.
+        group: joins the runs of a sweep; empty: the stages of this run are the group.
+        timeout_s: longest wait for the server at a stage's start, and twice that at its end.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: dict[str, Any],
+        *,
+        project: str,
+        entity: str = "",
+        group: str = "",
+        history: History = lambda stage: (),
+        say: Callable[[str], None] = print,
+        timeout_s: float = 15.0,
+    ):
+        self._dir, self._config, self._say, self._history = run_dir, config, say, history
+        self._project, self._entity, self._group = project, entity, group
+        self._timeouts = {"init_timeout": timeout_s, "finish_timeout": 2 * timeout_s}
+        self._run: Any = None
+        self._stage, self._last_step = "", -1
+        self._off = os.environ.get("WANDB_MODE") == "disabled"
+        self._modes = ["online", "offline"] if _may_be_online() else ["offline"]
+        self.id = ""
+
+    # ---- what a tracker calls ----------------------------------------------------------------
+
+    def enter(self, stage: str, known_id: str = "") -> None:
+        """From here on values belong to this stage; `known_id` is the id that a checkpoint holds."""
+        if stage != self._stage:
+            self.finish()
+        self._stage = stage
+        if not self.id:
+            self.id = self._identity(known_id)
+
+    def log(self, values: Values, step: int) -> None:
+        """Values of a step; a step that W&B has already is left out."""
+        self._guard(lambda run: self._log(run, values, step))
+
+    def alert(self, title: str, text: str) -> None:
+        self._guard(lambda run: run.alert(title=title, text=text, level="WARN"))
+
+    def summary(self, values: Values) -> None:
+        self._guard(lambda run: run.summary.update(values))
+
+    def gallery(self, rows: list[dict[str, Any]]) -> None:
+        """A table of held-out images with the captions written for them, and their ranks."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            columns = ["image", "truth", "written", "exact", "rank", "split", "key"]
+            data = [
+                [wandb.Image(picture(row)), *(row.get(column) for column in columns[1:])]
+                for row in rows
+            ]
+            run.log({"gallery": wandb.Table(columns=columns, data=data)}, step=self._last_step + 1)
+            self._last_step += 1
+
+        self._guard(send)
+
+    def artifact(self, folder: Path, metadata: dict[str, Any]) -> None:
+        """The extension's folder, manifest included, as one version of an artifact."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"{self._dir.name}-extension", "extension", metadata=metadata)
+            artifact.add_dir(str(folder), policy="immutable")  # no second copy in the home folder
+            run.log_artifact(artifact)
+
+        self._guard(send)
+
+    def finish(self, code: int = 0, resumable: bool = False) -> None:
+        """End the stage's run, waiting for its last values no longer than the time-out."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            if resumable:
+                run.mark_preempting()
+            run.finish(exit_code=code)
+        except Exception as error:
+            self._turn_off(error)
+
+    # ---- opening -----------------------------------------------------------------------------
+
+    def _identity(self, known: str) -> str:
+        """The id that all starts of this run share: the folder's, else the checkpoint's, else new."""
+        file = self._dir / ID_FILE
+        with contextlib.suppress(OSError):
+            if not file.is_file():
+                file.write_text(known or secrets.token_hex(4))
+            return file.read_text().strip()
+        return known or secrets.token_hex(4)
+
+    def _open(self) -> None:
+        try:
+            import wandb
+        except Exception as error:
+            self._turn_off(error)
+            return
+        run_id = f"{self.id}-{self._stage}"
+        for mode in list(self._modes):
+            try:
+                before = self._offline_folders(run_id)
+                with clean_arguments():  # it records the command line
+                    self._run = wandb.init(
+                        mode=mode, settings=self._settings(wandb), **self._about(run_id)
+                    )
+                break
+            except Exception as error:
+                self._modes.remove(mode)  # the next stage does not wait for it again
+                self._say(f"W&B {mode} failed: {type(error).__name__}: {_first_line(error)}")
+        else:
+            self._off = True
+            return
+        if mode == "offline":
+            self._say(f"W&B records offline in {self._dir / 'wandb'}; `wandb sync` sends it later")
+        try:
+            # Online, the server knows where an earlier start ended. Offline nothing does, and a killed
+            # process has lost what it had not written: this folder is made whole and replaces them.
+            self._last_step = self._run.step - 1 if self._run.resumed else -1
+            for step, values in self._history(self._stage):
+                self._log(self._run, values, step)
+            for folder in before:
+                shutil.rmtree(folder, ignore_errors=True)
+        except Exception as error:
+            self._turn_off(error)
+
+    def _settings(self, wandb: Any) -> Any:
+        return wandb.Settings(silent=True, console="off", x_disable_stats=True, **self._timeouts)
+
+    def _about(self, run_id: str) -> dict[str, Any]:
+        return {
+            "project": self._project,
+            "entity": self._entity or None,
+            "name": f"{self._dir.name}/{self._stage}",
+            "group": self._group or f"{self._dir.name}-{self.id}",
+            "job_type": self._stage,
+            "id": run_id,
+            "resume": "allow",
+            "reinit": "create_new",
+            "dir": str(self._dir),
+            "config": without_secrets(self._config),
+        }
+
+    def _offline_folders(self, run_id: str) -> list[Path]:
+        return sorted((self._dir / "wandb").glob(f"offline-run-*-{run_id}"))
+
+    # ---- guarding ----------------------------------------------------------------------------
+
+    def _log(self, run: Any, values: Values, step: int) -> None:
+        if step > self._last_step:
+            run.log(values, step=step)
+            self._last_step = step
+
+    def _guard(self, call: Callable[[Any], Any]) -> None:
+        if self._run is None and not self._off:
+            self._open()
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:  # its service died, its disk is full, ...
+            self._turn_off(error)
+
+    def _turn_off(self, error: BaseException) -> None:
+        self._run, self._off = None, True
+        self._say(f"W&B is off from here on: {type(error).__name__}: {_first_line(error)}")
+
+
+def _may_be_online() -> bool:
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+        return False
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    with contextlib.suppress(OSError):
+        if netrc.is_file() and "wandb" in netrc.read_text():
+            return True
+    return bool(os.environ.get("WANDB_API_KEY"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def picture(row: dict[str, Any]) -> Any:
+    """The PIL image of a row of the gallery (base64 PNG)."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(row["image"]))).convert("RGB")
+
+
+class TensorBoard:
+    """TensorBoard's event files, a folder a stage; off with one line after a failure.
+
+    What a killed process had not flushed is written again from the JSONL: a small file remembers up to
+    which step everything is on disk, and TensorBoard is told to forget what came after it.
+    """
+
+    FLUSH_S = 10.0
+    UPTO = "upto"
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        history: History = lambda stage: (),
+        say: Callable[[str], None] = print,
+    ):
+        self._folder, self._history, self._say = run_dir / "tensorboard", history, say
+        self._writer: Any = None
+        self._stage, self._last_step, self._flushed = "", -1, 0.0
+        self._off = False
+
+    def enter(self, stage: str, known_id: str = "") -> None:
+        if stage != self._stage:
+            self.finish()
+        self._stage = stage
+
+    def log(self, values: Values, step: int) -> None:
+        self._guard(lambda writer: self._log(writer, values, step))
+
+    def alert(self, title: str, text: str) -> None:
+        self._guard(
+            lambda writer: writer.add_text("alerts", f"**{title}** {text}", self._last_step)
+        )
+
+    def summary(self, values: Values) -> None:
+        def send(writer: Any) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, 0)
+
+        self._guard(send)
+
+    def gallery(self, rows: list[dict[str, Any]]) -> None:
+        """The images, and their captions as one table."""
+        import numpy as np
+
+        def send(writer: Any) -> None:
+            lines = ["| key | truth | written | rank |", "|---|---|---|---|"]
+            for row in rows:
+                writer.add_image(
+                    f"gallery/{row['key']}", np.asarray(picture(row)), dataformats="HWC"
+                )
+                cells = (row.get(name) for name in ("key", "truth", "written", "rank"))
+                lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+            writer.add_text("captions", "\n".join(lines))
+
+        self._guard(send)
+
+    def artifact(self, folder: Path, metadata: dict[str, Any]) -> None:
+        """TensorBoard keeps no artifacts."""
+
+    def finish(self, code: int = 0, resumable: bool = False) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(Exception):
+                self._flush(writer)
+                writer.close()
+
+    def _open(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self._folder / self._stage
+            upto = folder / self.UPTO
+            self._last_step = int(upto.read_text()) if upto.is_file() else -1
+            self._writer = SummaryWriter(
+                str(folder), purge_step=self._last_step + 1 if upto.is_file() else None
+            )
+            for step, values in self._history(self._stage):
+                self._log(self._writer, values, step)
+        except Exception as error:
+            self._turn_off(error)
+
+    def _log(self, writer: Any, values: Values, step: int) -> None:
+        if step <= self._last_step:
+            return
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        self._last_step = step
+        if time.monotonic() - self._flushed > self.FLUSH_S:
+            self._flush(writer)
+
+    def _flush(self, writer: Any) -> None:
+        writer.flush()
+        (self._folder / self._stage / self.UPTO).write_text(str(self._last_step))
+        self._flushed = time.monotonic()
+
+    def _guard(self, call: Callable[[Any], Any]) -> None:
+        if self._writer is None and not self._off:
+            self._open()
+        if self._writer is None:
+            return
+        try:
+            call(self._writer)
+        except Exception as error:
+            self._turn_off(error)
+
+    def _turn_off(self, error: BaseException) -> None:
+        self._writer, self._off = None, True
+        self._say(f"TensorBoard is off from here on: {type(error).__name__}: {_first_line(error)}")
