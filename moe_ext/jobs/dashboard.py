@@ -70,6 +70,7 @@ SECTIONS: dict[str, tuple[Panel | Number | Rows, ...]] = {
     "Speed": (
         Panel("Tokens a second, all ranks", ("tokens_per_s",)),
         Panel("Seconds a step", ("step_s",)),
+        Panel("Share of real tokens in the step's positions", ("real_token_share",)),
         Panel("Seconds of it waiting for data, mean of the ranks", ("data_wait_s",)),
     ),
     "Evaluation": (

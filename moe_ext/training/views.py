@@ -175,6 +175,9 @@ class Wandb:
         except Exception as error:
             self._turn_off(error)
             return
+        # The files of a table wait for `wandb sync` in the run's folder, not in a home that a node or a
+        # container forgets.
+        os.environ.setdefault("WANDB_DATA_DIR", str((self._dir / "wandb").absolute()))
         run_id = f"{self.id}-{self._stage}"
         for mode in list(self._modes):
             try:

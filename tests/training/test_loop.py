@@ -146,7 +146,9 @@ def _stopped(folder, restored):
         {**loader.state_dict(), "skips": [[-i, "old", "reason"] for i in range(restored)]}
     )
     stage, position = StageConfig(steps=50, sequences_per_rank=2), loop.Position()
-    tracker = Tracker(folder / f"run-{restored}-{rank}", {}, bars=False)
+    tracker = Tracker(
+        folder / f"run-{restored}-{rank}", {}, TrackingConfig(wandb=False, progress=False)
+    )
     try:
         loop.train(
             "tune", stage, _Engine(), loader, tracker, position, lambda at: None, StopFlag(),

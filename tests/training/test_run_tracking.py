@@ -140,7 +140,12 @@ def test_images_with_captions_and_the_extension_are_there(run_dir: Path, stages:
     content = json.loads(table.read_text())
     assert content["columns"][:3] == ["image", "truth", "written"]
     assert [row[1] for row in content["data"]] == [item["truth"] for item in gallery]
-    assert len(list(folder.glob("files/media/images/**/*.png"))) >= len(gallery)
+    contents = [c for a in record["artifact"] for c in a["manifest"]["contents"]]
+    images = [Path(c["local_path"]) for c in contents if c["path"].endswith(".png")]
+    assert len(images) == len(gallery)
+    for image in images:  # kept where the run is, for a later `wandb sync`
+        assert image.is_relative_to(run_dir)
+        assert image.stat().st_size > 0
     artifacts = [a for a in record["artifact"] if a["type"] == "extension"]
     assert [a["name"] for a in artifacts] == ["tiny-extension"]
     for name in ("manifest.json", "extension.safetensors"):
