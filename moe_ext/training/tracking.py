@@ -122,7 +122,7 @@ class Tracker:
 
     Args:
         config: the resolved configuration as plain values, for W&B.
-        settings: which views there are, and what is worth an alert.
+        settings: which views there are, and what is worth an alert; None: no view.
         group: joins the runs of a sweep in W&B.
     """
 
@@ -130,11 +130,12 @@ class Tracker:
         self,
         run_dir: Path,
         config: dict[str, Any],
-        settings: TrackingConfig,
+        settings: TrackingConfig | None = None,
         *,
         rank: int = 0,
         group: str = "",
     ):
+        settings = settings or TrackingConfig(wandb=False)
         self.active, self.bars = rank == 0, settings.progress
         self._progress: Progress | None = None
         self._views: list[Wandb | TensorBoard] = []

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moe_ext.compose import CONF_DIR, load
+from moe_ext.config import TrackingConfig
 from moe_ext.model import load as loading
 from moe_ext.model.context import RoutingContext
 from moe_ext.model.lora import LoraBank
@@ -430,7 +431,7 @@ def _run(folder: Path, name: str, settings: tuple[str, ...]) -> Iterator[Run]:
     run_dir.mkdir(exist_ok=True)
     token = topologies.from_rank_0(claim(run_dir).token if rank == 0 else "")
     prepared = prepare(config, topology, lambda: Path(config.base.path))
-    tracker = Tracker(run_dir, {}, rank=rank, bars=False)
+    tracker = Tracker(run_dir, {}, TrackingConfig(wandb=False, progress=False), rank=rank)
     with StopFlag() as stop:
         yield Run(config, topology, prepared, tracker, Claim(run_dir, token), stop)
     tracker.close()
