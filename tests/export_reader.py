@@ -1,6 +1,6 @@
 """What a reader of an exported folder does, in a process of its own that has nothing of ours.
 
-python -I tests/export_reader.py FOLDER ASKED.pt ANSWERS.pt
+python -I tests/export_reader.py FOLDER...: each holds the folder `out` and `asked.pt`, and gets `answers.pt`.
 """
 
 import importlib.abc
@@ -18,35 +18,36 @@ class Blocker(importlib.abc.MetaPathFinder):
         return None
 
 
-def main(folder: str, asked: str, answers: str) -> None:
+def main(folders: list[str]) -> None:
     sys.meta_path.insert(0, Blocker())
+    for folder in folders:
+        read(folder)
+
+
+def read(folder: str) -> None:
     import torch
+    from PIL import Image
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    given = torch.load(asked)
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/out", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/out")
+    given = torch.load(f"{folder}/asked.pt")
     answer = {
         "class": type(model).__name__,
         "trains": any(p.requires_grad for p in model.parameters()),
     }
+    inputs = model.inputs_for(tokenizer, given["text"], [Image.new("RGB", (9, 5), "red")])
     with torch.no_grad():
-        answer["logits"] = {
-            name: model(**inputs).logits for name, inputs in given["passes"].items()
-        }
+        answer["logits"] = {name: model(**asked).logits for name, asked in given["passes"].items()}
         for cached in (True, False):
             answer["written", cached] = {
-                name: model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=cached)
-                for name, inputs in given["prompts"].items()
+                name: model.generate(**asked, max_new_tokens=8, do_sample=False, use_cache=cached)
+                for name, asked in given["prompts"].items()
             }
-    from PIL import Image
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = model.inputs_for(tokenizer, given["text"], [Image.new("RGB", (9, 5), "red")])
-    answer["from an image"] = model(**inputs).logits.detach()
-    answer["inputs"] = inputs
+        answer["inputs"], answer["from an image"] = inputs, model(**inputs).logits
     answer["ours"] = sorted(name for name in sys.modules if name.partition(".")[0] in OURS)
-    torch.save(answer, answers)
+    torch.save(answer, f"{folder}/answers.pt")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -113,37 +114,56 @@ def _logits(model: MultimodalMoE, batch: Batch) -> torch.Tensor:
     return model.logits(hidden[0])
 
 
-def _read(folder: Path, tmp_path: Path, given: dict) -> dict:
-    torch.save(given, tmp_path / "asked.pt")
+@dataclass
+class Exported:
+    """A live model, what its exported folder was asked, and what it answered elsewhere."""
+
+    model: MultimodalMoE
+    passes: dict[str, Batch]
+    """Right-padded batches."""
+    prompts: dict[str, Batch]
+    """Left-padded ones."""
+    answer: dict
+
+
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory) -> dict[str, Exported]:
+    """Every family, read by one process: to start it takes longer than all the rest."""
+    places, made = {}, {}
+    for family in FAMILIES:
+        place = places[family] = tmp_path_factory.mktemp(family)
+        model, encoder = _live(folder, family)
+        save_extension(model.lm, place / "extension", connectors=model.connectors)
+        encoders = {"image": encoder}
+        export_folder(folder / family, place / "extension", place / "out", encoders=encoders)
+        width, cases = model.lm.config.vocab_size - 5, {"text": False, "images": True}
+        passes = {name: _batch(images, False, width) for name, images in cases.items()}
+        prompts = {name: _batch(images, True, width) for name, images in cases.items()}
+        given = {
+            "passes": {name: _asked(batch) for name, batch in passes.items()},
+            "prompts": {name: _asked(batch) for name, batch in prompts.items()},
+            "text": "A picture of",
+        }
+        torch.save(given, place / "asked.pt")
+        made[family] = Exported(model, passes, prompts, {})
     outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-I", READER, folder, tmp_path / "asked.pt", tmp_path / "answers.pt"],
-        cwd=tmp_path,
-        env=outside | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+        [sys.executable, "-I", READER, *places.values()],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env=outside | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(tmp_path / "answers.pt", weights_only=False)
+    for family, place in places.items():
+        made[family].answer = torch.load(place / "answers.pt", weights_only=False)
+    return made
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_without_our_package_it_computes_and_writes_the_same(folder, tmp_path, family):
-    model, encoder = _live(folder, family)
-    base = folder / family
-    save_extension(model.lm, tmp_path / "extension", connectors=model.connectors)
-    out = export_folder(base, tmp_path / "extension", tmp_path / "out", encoders={"image": encoder})
-
-    width = model.lm.config.vocab_size - 5
-    cases = {"text": False, "images": True}
-    passes = {name: _batch(images, False, width) for name, images in cases.items()}
-    prompts = {name: _batch(images, True, width) for name, images in cases.items()}
-    given = {
-        "passes": {name: _asked(batch) for name, batch in passes.items()},
-        "prompts": {name: _asked(batch) for name, batch in prompts.items()},
-        "text": "A picture of",
-    }
-    answer = _read(out, tmp_path, given)
+def test_without_our_package_it_computes_and_writes_the_same(folder, exported, family):
+    model, answer = exported[family].model, exported[family].answer
+    passes, prompts = exported[family].passes, exported[family].prompts
     assert answer["ours"] == []
     assert answer["class"] == "MoeExt" + type(model.lm).__name__
     assert not answer["trains"]
@@ -151,7 +171,7 @@ def test_without_our_package_it_computes_and_writes_the_same(folder, tmp_path, f
         real = batch.segment_ids != 0
         ours, theirs = _logits(model, batch)[real], answer["logits"][name][real]
         assert (ours - theirs).abs().max() < 1e-5 * ours.abs().max()
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder / family, dtype=torch.float32)
     with torch.no_grad():
         of_base = plain(**_asked(passes["text"])).logits
     real = passes["text"].segment_ids != 0
