@@ -218,9 +218,11 @@ def fate_errors(
     own: dict[str, bool] = {}
     for piece in pieces_of(engine, parts)[0]:
         own[piece.name] = own.get(piece.name, False) or bool(piece.tensors["exp_avg"].any())
+    kind_of = {item.name: part.trainable for part in parts for item in part.logical()}
     moved: dict[str, bool] = {}
-    for theirs, kinds in gather((own, reached)):
-        reached = reached | kinds
+    for theirs, their_reached, their_kinds in gather((own, reached, kind_of)):
+        reached = reached | their_reached
+        kind_of = kind_of | their_kinds  # an expert of another rank's has a kind as well
         for name, did in theirs.items():
             moved[name] = moved.get(name, False) or did
     families: dict[str, list[str]] = defaultdict(list)
@@ -234,9 +236,8 @@ def fate_errors(
         for name in families.get(family, ())
         if not moved[name] and not LATE.search(name)
     ]
-    for kind in reached & {part.trainable for part in parts}:
-        named = [item.name for p in parts if p.trainable is kind for item in p.logical()]
-        named = [name for name in named if name in moved]
+    for kind in reached:
+        named = [name for name in moved if kind_of[name] is kind]
         if named and not any(moved[name] for name in named):
             found.append(
                 f"the stage trains {kind.name}, but none of its {len(named)} tensors, first {named[0]}, "

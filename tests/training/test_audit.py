@@ -487,3 +487,28 @@ def test_a_planted_error_is_named_on_all_ranks(outcomes, name):
     assert first == second
     assert first.startswith("AuditError: ")
     assert re.search(PLANTS[name].says, first), first
+
+
+def _healthy(folder: Path) -> dict[str, str]:
+    outcomes = {}
+    with _run(folder, "full", ()) as run:
+        for stage in ("probe", "extend"):
+            assert _outcome(run, stage) == "finished"
+    for ep_size in (1, 2, 4):
+        for zero in (
+            (),
+            ("parallel.zero_stage=0", "optim.clip_norm=0"),
+            ("parallel.zero_stage=2",),
+        ):
+            settings = (*(SHARDED if ep_size > 1 else ()), f"parallel.ep_size={ep_size}", *zero)
+            with _run(folder, "full", settings) as run:
+                outcomes[" ".join(settings)] = _outcome(run, "tune")
+    return outcomes
+
+
+@pytest.mark.slow
+def test_four_ranks_are_found_healthy(tmp_path):
+    """Two groups of two, where an expert has replicas, and some ranks' experts are idle."""
+    make_inputs(tmp_path)
+    for found in run_ranks(_healthy, 4, tmp_path, timeout_s=500):
+        assert found == dict.fromkeys(found, "finished")
