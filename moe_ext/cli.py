@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "shards": ("moe_ext.data.commands", "make, index, check and look at webdataset shards"),
     "upcycle": ("moe_ext.upcycle", "make a mixture-of-experts base out of a dense model"),
+    "plan": ("moe_ext.plan", "memory, traffic and step time of every placement on a cluster"),
     "launch": ("moe_ext.launch", "start a run or a sweep: this machine, a hostfile, Slurm"),
     "jobs": ("moe_ext.jobs.status", "how runs stand: state, last step, loss, error line"),
     "watch": ("moe_ext.jobs.watch", "how one run goes, live in the terminal, from its files"),

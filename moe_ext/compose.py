@@ -52,11 +52,27 @@ def parser(program: str) -> argparse.ArgumentParser:
 
 
 def load(config_dir: Path, overrides: list[str], config_file: Path | None = None) -> TrainConfig:
-    """The checked configuration.
+    """The checked configuration, its placement planned where `parallel.auto` asks for it.
 
     Raises:
-        ConfigError: with one line: an unknown group, key or choice, a wrong type, an impossible combination.
+        ConfigError: with one line: an unknown group, key or choice, a wrong type, an impossible combination,
+            a model that fits nowhere.
     """
+    config = compose_only(config_dir, overrides, config_file)
+    if not config.parallel.auto:
+        return config
+    from moe_ext.plan import resolve_auto  # it composes too, and builds a model without memory
+
+    try:
+        return resolve_auto(config)
+    except ValueError as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def compose_only(
+    config_dir: Path, overrides: list[str], config_file: Path | None = None
+) -> TrainConfig:
+    """The checked configuration as it is written; nothing is planned."""
     try:
         if config_file is not None:
             if not config_file.is_file():

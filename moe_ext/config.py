@@ -19,6 +19,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from moe_ext.config_cluster import ClusterConfig
 from moe_ext.config_launcher import LauncherConfig
 
 
@@ -135,6 +136,9 @@ class BaseConfig:
     """An upcycled base has a sparse layer every so many layers, counted from `sparse_offset`."""
     sparse_offset: int = 1
     specialise: SpecialiseConfig = field(default_factory=SpecialiseConfig)
+    frozen_bits: int = 0
+    """8 or 4 keeps the frozen experts' matrices in so many bits, half or a quarter of bf16's memory
+    (`model/packed.py`); 0 in the run's precision. Exactness is then relative to the base so rounded."""
     chat_template: bool = True
     """Use the tokenizer's chat template when it has one; else plain prompt and answer."""
 
@@ -305,10 +309,22 @@ class OptimConfig:
 
 @dataclass
 class ParallelConfig:
+    auto: bool = False
+    """Plan for `cluster` when composed: sets ep_size, zero_stage, frozen_placement and
+    extension.placement, and is then false (`moe-ext plan` shows what it chooses from)."""
+    planned: str = ""
+    """What `auto` chose, in words; it writes this itself."""
+    planned_ranks: int = 0
+    """The number of ranks that `auto` planned for; another one is refused. 0: nothing was planned."""
     ep_size: int = 1
     """Ranks that share the frozen experts; divides the number of ranks."""
     zero_stage: int = 1
     frozen_placement: Placement = Placement.shard
+    hot_experts: int = 0
+    """Frozen experts a layer, the most selected of the probe's counts, that every rank of an
+    expert-parallel group holds in the stages after the probe: no token travels for them."""
+    hot_lists: dict[int, list[int]] = field(default_factory=dict)
+    """Layer -> the hot experts by name, in place of `hot_experts`."""
     precision: Precision = Precision.auto
     activation_checkpointing: bool = False
     timeout_s: float = 600.0
@@ -391,6 +407,8 @@ class TrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """What `moe-ext plan` and `parallel=auto` plan for."""
 
 
 SCHEMA_NAME = "train_schema"

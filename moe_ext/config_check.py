@@ -19,6 +19,7 @@ from moe_ext.config import (
     Trainable,
     TrainConfig,
 )
+from moe_ext.config_cluster import check_cluster
 from moe_ext.config_launcher import check_launcher
 
 BUILTIN_SPLITS = ("train", "probe", "heldout", "heldout_concept")
@@ -44,6 +45,7 @@ def check(config: TrainConfig) -> None:
     _check_optim_and_parallel(config)
     check_launcher(config.launcher)
     _check_tracking(config)
+    check_cluster(config.cluster)
     _check_chain(config)
     for name in config.chain:
         _check_stage(name, config.stages[name], config)
@@ -51,7 +53,13 @@ def check(config: TrainConfig) -> None:
 
 def check_world(config: TrainConfig, world_size: int, local_world_size: int | None = None) -> None:
     """Raise ValueError where the number of ranks does not fit; needs no process group."""
-    ep_size = config.parallel.ep_size
+    ep_size, planned = config.parallel.ep_size, config.parallel.planned_ranks
+    if planned not in (0, world_size):
+        raise ValueError(
+            f"parallel=auto planned for the {planned} ranks of cluster={config.cluster.name}, this job has "
+            f"{world_size}; set cluster.nodes and cluster.ranks_per_node to the job's, or parallel.ep_size "
+            "yourself instead of parallel=auto"
+        )
     if world_size % ep_size:
         raise ValueError(
             f"parallel.ep_size={ep_size} does not divide the {world_size} rank(s) of this job; "
@@ -121,6 +129,10 @@ def _check_base(config: TrainConfig) -> None:
     if not 1 <= base.top_k <= base.num_experts:
         raise ValueError(
             f"base.top_k={base.top_k} must lie between 1 and base.num_experts={base.num_experts}"
+        )
+    if base.frozen_bits not in (0, 4, 8):
+        raise ValueError(
+            f"base.frozen_bits={base.frozen_bits} must be 8 or 4, or 0 for the run's own precision"
         )
     at_least("base.sparse_every", base.sparse_every, 1)
     at_least("base.sparse_offset", base.sparse_offset, 0)
@@ -220,6 +232,18 @@ def _check_optim_and_parallel(config: TrainConfig) -> None:
     at_least("optim.clip_norm", optim.clip_norm, 0.0)
     at_least("parallel.ep_size", parallel.ep_size, 1)
     at_least("parallel.threads_per_rank", parallel.threads_per_rank, 0)
+    at_least("parallel.hot_experts", parallel.hot_experts, 0)
+    if parallel.hot_experts and parallel.hot_lists:
+        raise ValueError(
+            f"parallel.hot_experts={parallel.hot_experts} and parallel.hot_lists name hot experts twice; "
+            "give the number, or the lists"
+        )
+    travels = parallel.ep_size > 1 and parallel.frozen_placement is Placement.shard
+    if (parallel.hot_experts or parallel.hot_lists) and not (travels or parallel.auto):
+        raise ValueError(
+            f"parallel.hot_experts={parallel.hot_experts or parallel.hot_lists} needs frozen experts that "
+            "tokens travel to: parallel.ep_size above 1 and parallel.frozen_placement=shard"
+        )
     if not parallel.timeout_s > 0:
         raise ValueError(f"parallel.timeout_s={parallel.timeout_s} must be above 0")
     if parallel.zero_stage == 3:

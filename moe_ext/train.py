@@ -104,6 +104,8 @@ def _run(
     group = os.environ.get("MOE_EXT_GROUP", "")
     tracker = Tracker(folder, plain, config.tracking, rank=ranks.rank, group=group)
     trackers.append(tracker)
+    if config.parallel.planned:
+        tracker.say(f"parallel=auto: {config.parallel.planned}")
     with StopFlag() as stop:
         began = time.perf_counter()
         prepared = prepare(config, topology, lambda: base_folder(config, tracker))
@@ -159,6 +161,8 @@ def conclude(run: Any) -> None:
         folder = run.folder / "extension"
         if not folder.exists():
             notes = {"run": run.config.name, "encoder": list(run.config.encoder)}
+            if run.config.base.frozen_bits:  # it was trained beside experts rounded to so many bits
+                notes["frozen_bits"] = run.config.base.frozen_bits
             save_extension(
                 model.lm,
                 folder,

@@ -5,12 +5,19 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_ext.config import BaseConfig, SpecialiseConfig
 from moe_ext.data.texts import python_docs
 from moe_ext.model.gguf import BUILTIN, builtin_dense
 from moe_ext.model.specialise import FitReport
-from moe_ext.model.upcycle import cached_upcycle, num_decoder_layers, sparse_layers, upcycle
+from moe_ext.model.upcycle import (
+    cached_upcycle,
+    num_decoder_layers,
+    sparse_layers,
+    upcycle,
+    upcycled_config,
+)
 
 BUILTIN_PREFIX = "builtin:"
 
@@ -70,6 +77,13 @@ def prepare_base(
         calibration_texts(),
         progress,
     )
+
+
+def planned_config(base: BaseConfig, cache_dir: Path) -> Any:
+    """The Hugging Face configuration that the base will have once it is upcycled."""
+    dense = dense_folder(base.dense, cache_dir)
+    layers = sparse_layers(num_decoder_layers(dense), base.sparse_every, base.sparse_offset)
+    return upcycled_config(dense, base.num_experts, base.top_k, layers, base.specialise)
 
 
 def describe(report: FitReport) -> str:

@@ -15,14 +15,16 @@ PACKAGE = ROOT / "moe_ext"
 # What each part may import of ours besides itself. Parts that are not named are commands: they may
 # import everything, and nothing but a command imports them.
 ARROWS: dict[str, set[str]] = {
-    "config": {"config_check", "config_launcher"},
-    "config_check": {"config", "config_launcher"},
+    "config": {"config_check", "config_cluster", "config_launcher"},
+    "config_check": {"config", "config_cluster", "config_launcher"},
+    "config_cluster": set(),
     "config_launcher": set(),
     "batch": set(),
     "model": {"config", "batch"},
     "data": {"config", "batch"},
+    "planning": {"config", "config_cluster", "model"},
     "analysis": {"config", "batch", "model", "data"},
-    "training": {"config", "batch", "model", "data", "analysis"},
+    "training": {"config", "batch", "model", "data", "analysis", "planning"},
     "export": {"config", "model"},
     "export_hf": {"config", "model", "export"},
 }
@@ -52,6 +54,7 @@ HOMES: dict[str, set[str]] = {
         "export.py",
         "upcycle.py",
         "export_hf.py",
+        "planning/sizes.py",  # configurations, and models without memory
         "benchmarks/",
     },
 }

@@ -154,6 +154,18 @@ def load_plans(path: Path | str, base_sha256: str | None = None) -> list[LayerPl
     ]
 
 
+def most_selected(path: Path | str, number: int) -> dict[int, list[int]]:
+    """Layer -> its `number` frozen experts that the base's routing selected most, over all kinds of
+    token, in ascending order; fewer than all of a layer's, ties to the lower id."""
+    manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+    hot = {}
+    for row in manifest["layers"]:
+        counts = [sum(kinds) for kinds in zip(*row["count_before"].values(), strict=True)]
+        ranked = sorted(range(len(counts)), key=lambda e: (-counts[e], e))
+        hot[row["layer"]] = sorted(ranked[: min(number, len(counts) - 1)])
+    return hot
+
+
 def _plans(
     gaps: dict[int, Gaps],
     sources: dict[int, list[int]],

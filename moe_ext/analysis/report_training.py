@@ -136,8 +136,16 @@ def stages(run: Run, summary: dict[str, Any]) -> str:
     rows = [[f"<b>{escape(cells[0])}</b>", *cells[1:]] for cells in map(stage_cells, run.stages)]
     memory = peak_memory(run)
     gib = f"{max(memory) / 2**30:.2f} GiB" if memory else ""
-    rows.append(["together", "", f"{summary['training_minutes']:.1f}", "", gib, ""])
-    head = ["stage", "steps", "minutes", "tokens/s", "peak memory a rank", "trainable parameters"]
+    rows.append(["together", "", f"{summary['training_minutes']:.1f}", "", gib, "", ""])
+    head = [
+        "stage",
+        "steps",
+        "minutes",
+        "tokens/s",
+        "peak memory a rank",
+        "tensors a rank (formula)",
+    ]
+    head.append("trainable parameters")
     lead = "Each stage builds a fresh engine and publishes its own checkpoint; the chain resumes where it stopped."
     tones = [""] * len(run.stages) + ["strong"]
     return page.section("Stages", lead, page.panel("", page.table(head, rows, tones)))

@@ -18,7 +18,9 @@ def summarise(run: Run) -> dict[str, Any]:
 
     `training_minutes` adds every stage's minutes, from upcycling to evaluation, without downloads and
     installation. `retrieval_at_1` and `_5` are image -> caption, length-fair (`evaluate.py`); `nll_*`
-    are nats a caption. Memory is the peak of each rank's process over all stages.
+    are nats a caption. Memory is the peak of each rank's process over all stages. A stage's
+    `tensor_bytes` are those of every rank's tensors by kind, activations apart, between its first backward and
+    step; `tensor_bytes_formula` is e * frozen + (2 e + 12/dp) * trained (`training/held.py`).
     """
     summary: dict[str, Any] = {
         "name": run.name,
@@ -45,6 +47,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "tokens_per_s",
         "trainable_parameters",
         "total_parameters",
+        "tensor_bytes",
+        "tensor_bytes_formula",
     )
     summary["stages"] = {
         stage["stage"]: {name: stage[name] for name in fields if stage.get(name) is not None}
@@ -114,6 +118,7 @@ def tables(run: Run) -> list[Table | Text]:
         "minutes",
         "tokens/s",
         "peak memory a rank",
+        "tensors a rank (formula)",
         "trainable parameters",
     ):
         stages.add_column(name, justify="left" if name == "stage" else "right")
@@ -121,7 +126,7 @@ def tables(run: Run) -> list[Table | Text]:
         stages.add_row(*stage_cells(stage))
     stages.add_section()
     stages.add_row(
-        "together", "", f"{summary['training_minutes']:.1f}", "", gib(peak_memory(run)), ""
+        "together", "", f"{summary['training_minutes']:.1f}", "", gib(peak_memory(run)), "", ""
     )
     return [*parts, stages]
 
@@ -179,7 +184,7 @@ def _text_table(text: dict[str, Any]) -> Table:
 
 
 def stage_cells(stage: dict[str, Any]) -> list[str]:
-    """Name, steps, minutes, tokens/s, memory, trainable parameters of a stage record, as text."""
+    """Name, steps, minutes, tokens/s, memory, tensors, trainable parameters of a stage, as text."""
     trainable, total = stage.get("trainable_parameters"), stage.get("total_parameters")
     share = f" ({100 * trainable / total:.2g} %)" if trainable and total else ""
     return [
@@ -188,8 +193,18 @@ def stage_cells(stage: dict[str, Any]) -> list[str]:
         f"{stage.get('minutes', 0.0):.1f}",
         f"{stage['tokens_per_s']:,.0f}" if stage.get("tokens_per_s") else "",
         gib(stage.get("peak_memory_bytes") or []),
+        _tensors(stage),
         f"{trainable:,}{share}" if trainable else "",
     ]
+
+
+def _tensors(stage: dict[str, Any]) -> str:
+    """Measured bytes of the rank that holds most, and the formula's."""
+    ranks = [sum(kinds.values()) for kinds in stage.get("tensor_bytes") or []]
+    if not ranks:
+        return ""
+    most = ranks.index(max(ranks))
+    return f"{gib(ranks)} ({gib([stage['tensor_bytes_formula'][most]])})"
 
 
 def gib(memory_bytes: list[int]) -> str:

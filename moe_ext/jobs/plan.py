@@ -24,6 +24,7 @@ def describe(run: PlannedRun, num_ranks: int, num_nodes: int) -> str:
             "ranks",
             f"{num_ranks} on {num_nodes} node(s): {ep_size} expert parallel x {num_ranks // ep_size} data parallel",
         ),
+        *((("planned", config.parallel.planned),) if config.parallel.planned else ()),
         *(("stage", line) for line in _stage_lines(config, num_ranks)),
         ("memory", _memory_line(config)),
         *(("data", line) for line in _data_lines(config, num_ranks)),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moe_ext.compose import ConfigError, expand, load
 from moe_ext.config import TrackingConfig, TrainConfig, to_yaml
+from moe_ext.config_cluster import ClusterConfig
 from moe_ext.config_launcher import LauncherConfig
 
 RESOLVED_FILE = "resolved.yaml"
@@ -56,7 +57,13 @@ def write_whole(path: Path, text: str) -> None:
 def run_id(config: TrainConfig) -> str:
     """Name and hash: `demo-1f0c9a2b`. Where it runs, starts and is logged does not enter."""
     same = replace(
-        config, run_dir="", cache_dir="", tracking=TrackingConfig(), launcher=LauncherConfig()
+        config,
+        run_dir="",
+        cache_dir="",
+        tracking=TrackingConfig(),
+        launcher=LauncherConfig(),
+        cluster=ClusterConfig(),
+        parallel=replace(config.parallel, planned="", planned_ranks=0),
     )
     return f"{config.name}-{short_hash(to_yaml(same))}"
 

@@ -42,12 +42,15 @@ from moe_ext.model.grouped import (
     sum_by_expert,
     sum_by_token,
 )
+from moe_ext.model.packed import Packed, packed_shapes
 
 NO_EXPERT = -1
 """Id of an empty slot."""
 
 
-def _linear_gate_up(x_rD: Tensor, weight: Tensor, part: Part, out: Tensor | None, apart: bool):
+def _linear_gate_up(
+    x_rD: Tensor, weight: Tensor | Packed, part: Part, out: Tensor | None, apart: bool
+):
     """(r, 2I): the part's `h`."""
     if not apart:
         return grouped_linear(x_rD, weight, part, out)
@@ -58,7 +61,7 @@ def _linear_gate_up(x_rD: Tensor, weight: Tensor, part: Part, out: Tensor | None
 
 
 def _linear_gate_up_backward(
-    grad_r2I: Tensor, weight: Tensor, part: Part, out: Tensor | None, apart: bool
+    grad_r2I: Tensor, weight: Tensor | Packed, part: Part, out: Tensor | None, apart: bool
 ) -> Tensor:
     """(r, D): gradient of the part's rows."""
     if not apart:
@@ -75,7 +78,8 @@ class _BankFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_TS, gate_up, down, gate_up_bias, down_bias, plan, shape, token_U):
         weight_R = weight_TS.reshape(-1).index_select(0, plan.row_slot)
-        parts = _parts(plan, x_TD, shape)
+        packed = (gate_up, down) if isinstance(gate_up, Packed) else None
+        parts = _parts(plan, x_TD, shape, packed is not None)
         h_R2I, out_RD = _buffers(parts, x_TD, 2 * shape.intermediate_dim, shape.hidden_dim)
         for part in parts:
             rows, apart = part.rows, is_apart(part, shape)
@@ -92,17 +96,19 @@ class _BankFunction(torch.autograd.Function):
         ctx.plan, ctx.shape, ctx.token_U = plan, shape, token_U
         ctx.weight_shape = weight_TS.shape
         trains = gate_up.requires_grad
+        ctx.packed, weights = packed, (None, None) if packed else (gate_up, down)
         ctx.save_for_backward(
-            x_TD if trains else None, h_R2I, weight_R, gate_up, down, gate_up_bias, down_bias
+            x_TD if trains else None, h_R2I, weight_R, *weights, gate_up_bias, down_bias
         )
         return sum_by_token(out_RD, plan.bags.of(token_U), weight_R)
 
     @staticmethod
     def backward(ctx, grad_UD):
         x_TD, h_R2I, weight_R, gate_up, down, gate_up_bias, down_bias = ctx.saved_tensors
+        gate_up, down = ctx.packed or (gate_up, down)
         plan, shape = ctx.plan, ctx.shape
         x_live, weight_live, bank_live = ctx.needs_input_grad[:3]
-        parts = _parts(plan, grad_UD, shape)
+        parts = _parts(plan, grad_UD, shape, ctx.packed is not None)
         row_place = plan.row_place(ctx.token_U)
         grad_bank: list[Tensor | None] = [None] * 4
         if bank_live:
@@ -154,10 +160,10 @@ def _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part: Part, apart
         sum_by_expert(grad_rD, part, down_bias)
 
 
-def _parts(plan: RowPlan, like: Tensor, shape: ExpertShape) -> list[Part]:
+def _parts(plan: RowPlan, like: Tensor, shape: ExpertShape, packed: bool) -> list[Part]:
     """The rows in parts that fit the caches; all at once on a device with grouped GEMMs."""
     widths = (shape.hidden_dim, shape.intermediate_dim)
-    groups = multiplies_groups(like, plan.row_slot.numel(), *widths)
+    groups = not packed and multiplies_groups(like, plan.row_slot.numel(), *widths)
     return plan.parts(2 * shape.intermediate_dim * like.element_size(), loops=not groups)
 
 
@@ -171,6 +177,15 @@ def _buffers(parts: list[Part], like: Tensor, *widths: int) -> list[Tensor | Non
 
 def _rows(buffer: Tensor | None, rows: slice) -> Tensor | None:
     return None if buffer is None else buffer[rows]
+
+
+def no_rows(x_TD: Tensor, weight_TS: Tensor, token_U: Tensor | None) -> Tensor:
+    """Zeros for a rank that holds no expert of the bank, still a function of both inputs: the
+    exchange that brought them has a backward, in which all ranks take part or wait for ever."""
+    num_tokens = len(x_TD) if token_U is None else len(token_U)
+    nothing = x_TD[:0] * weight_TS[:0, :1].to(x_TD.dtype)
+    where = torch.empty(0, dtype=torch.int64, device=x_TD.device)
+    return x_TD.new_zeros(num_tokens, x_TD.shape[1]).index_add(0, where, nothing)
 
 
 class Bank(nn.Module):
@@ -238,7 +253,7 @@ class Bank(nn.Module):
         choose no expert takes part in the gradient reduction like all others.
         """
         if not self.expert_ids:
-            return torch.zeros_like(x_TD if token_U is None else x_TD[token_U])
+            return no_rows(x_TD, weight_TS, token_U)
         plan = plan_rows(local_TS, len(self.expert_ids))
         tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
         return _BankFunction.apply(x_TD, weight_TS, *tensors, plan, self.shape, token_U)
@@ -250,6 +265,32 @@ class FrozenBank(Bank):
     def __init__(self, shape, expert_ids, num_experts, placement, *, dtype, device="cpu"):
         super().__init__(shape, expert_ids, num_experts, placement)
         self._hold(False, torch.empty, dtype=dtype, device=device)
+
+
+class PackedBank(FrozenBank):
+    """Pretrained experts in 8 or 4 bits; `gate_up` and `down` are `Packed`, biases stay plain."""
+
+    def __init__(
+        self, shape, expert_ids, num_experts, placement, *, dtype, device="cpu", bits: int = 8
+    ):
+        Bank.__init__(self, shape, expert_ids, num_experts, placement)
+        self.bits = bits
+        for name in ("gate_up_bias", "down_bias"):
+            size = self.tensor_shapes().get(name)
+            bias = None if size is None else torch.empty(size, dtype=dtype, device=device)
+            self.register_buffer(name, bias, persistent=False)
+        for name in ("gate_up", "down"):
+            for part, (size, kind) in packed_shapes(self.tensor_shapes()[name], bits).items():
+                tensor = torch.empty(size, dtype=kind, device=device)
+                self.register_buffer(f"{name}_{part}", tensor, persistent=False)
+
+    @property
+    def gate_up(self) -> Packed:  # type: ignore[override]
+        return Packed(self.gate_up_codes, self.gate_up_scale)  # type: ignore[arg-type]
+
+    @property
+    def down(self) -> Packed:  # type: ignore[override]
+        return Packed(self.down_codes, self.down_scale)  # type: ignore[arg-type]
 
 
 class NewBank(Bank):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_ext.model.packed import Packed
+
 CACHED_BYTES = 4 << 20
 """On a CPU rows are worked on in parts of about this size, which its caches hold."""
 
@@ -129,15 +131,21 @@ def multiplies_groups(like: Tensor, num_rows: int, *widths: int) -> bool:
     return like.is_cuda and like.dtype == torch.bfloat16 and aligned and num_rows > 0
 
 
-def grouped_linear(rows: Tensor, weight_EOI: Tensor, part: Part, out: Tensor | None) -> Tensor:
+def grouped_linear(
+    rows: Tensor, weight_EOI: Tensor | Packed, part: Part, out: Tensor | None
+) -> Tensor:
     """(R, O): every expert's rows times its own matrix, rows[e] @ weight[e].T."""
+    if isinstance(weight_EOI, Packed):
+        return weight_EOI.linear(rows, part, out)
     return _grouped_mm(rows, weight_EOI.transpose(1, 2), part, out)
 
 
 def grouped_linear_backward_input(
-    grad: Tensor, weight_EOI: Tensor, part: Part, out: Tensor | None, add: bool = False
+    grad: Tensor, weight_EOI: Tensor | Packed, part: Part, out: Tensor | None, add: bool = False
 ) -> Tensor:
     """(R, I): gradient of `grouped_linear` for its rows, grad[e] @ weight[e]; `add`s it to `out`."""
+    if isinstance(weight_EOI, Packed):
+        return weight_EOI.linear_backward_input(grad, part, out, add)
     return _grouped_mm(grad, weight_EOI, part, out, add)
 
 

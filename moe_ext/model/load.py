@@ -8,7 +8,9 @@ memory grows by what it holds and nothing else.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from transformers import initialization as hf_init
 from moe_ext.config import Placement
 from moe_ext.model.attention import use_short_attention
 from moe_ext.model.context import ContextHolder
-from moe_ext.model.experts import Bank, FrozenBank
+from moe_ext.model.experts import Bank, FrozenBank, PackedBank
 from moe_ext.model.families import LAYER_PREFIX, Config, Family, family_of
 from moe_ext.model.files import Checkpoint
 from moe_ext.model.layouts import ExpertLayout, ExpertTensors
 from moe_ext.model.moe import ExtendedMoE, extended_layers
-from moe_ext.model.placement import owners
+from moe_ext.model.packed import pack_rows
+from moe_ext.model.placement import cold_experts, owners
 from moe_ext.model.routing import Router
 
 
@@ -76,12 +79,18 @@ def load_base(
     ep_group: Any = None,
     frozen_placement: Placement = Placement.shard,
     attn_implementation: str | None = None,
+    frozen_bits: int = 0,
+    hot: Mapping[int, Sequence[int]] | None = None,
 ) -> PreTrainedModel:
     """The pretrained model with `ExtendedMoE` blocks without new experts, frozen, in eval mode.
 
     Its layers find the routing context in `lm.context_holder`; `lm.base_info` says what was loaded.
     Equal to the Hugging Face model in what it computes. Reads this rank's share of the experts
     only; `ep_group` is the process group of the `ep_size` ranks that share them.
+
+    Args:
+        frozen_bits: 8 or 4 keeps the experts' matrices in so many bits (`model/packed.py`); 0 in `dtype`.
+        hot: layer -> experts of a sharded bank that every rank holds, so that no token travels for them.
 
     Raises:
         ValueError: unsupported architecture, a missing file or tensor, a wrong shape, or a form of
@@ -97,7 +106,7 @@ def load_base(
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what is read is plain; the checkpoint knows how
     checkpoint = Checkpoint(path)
-    lm = _build_on_meta(config, dtype, attn_implementation)
+    lm = build_on_meta(config, dtype, attn_implementation)
     lm.base_info = BaseInfo(path, family, ep_rank, ep_size, dtype)  # type: ignore[assignment]
 
     device = torch.device(device)
@@ -105,12 +114,26 @@ def load_base(
     for index, layer in enumerate(lm.model.layers):
         if not family.is_sparse(config, index):
             continue
-        held = owners(family.num_experts(config), ep_size, frozen_placement)[ep_rank]
-        router, bank = _empty_bank(config, family, held, frozen_placement, dtype, device)
+        cold, hot_here = cold_experts(
+            family.num_experts(config), ep_size, frozen_placement, (hot or {}).get(index, ())
+        )
+        held = [cold[e] for e in owners(len(cold), ep_size, frozen_placement)[ep_rank]]
+
+        def bank_of(held: list[int], num_experts: int, placement: Placement) -> FrozenBank:
+            kind = partial(PackedBank, bits=frozen_bits) if frozen_bits else FrozenBank
+            shape = family.expert_shape(config)
+            return kind(shape, held, num_experts, placement, dtype=dtype, device=device)
+
         block = getattr(layer, family.block)
-        shared = family.shared(block)
         extended = ExtendedMoE(
-            index, router, bank, shared, holder, ep_group, returns_tuple=family.returns_tuple
+            index,
+            _empty_router(config, family, dtype, device),
+            bank_of(held, len(cold), frozen_placement),
+            family.shared(block),
+            holder,
+            ep_group,
+            returns_tuple=family.returns_tuple,
+            hot=bank_of(hot_here, len(hot_here), Placement.replicate) if hot_here else None,
         )
         setattr(layer, family.block, extended)
 
@@ -122,9 +145,10 @@ def load_base(
     return lm.requires_grad_(False).eval()
 
 
-def _build_on_meta(
-    config: Config, dtype: torch.dtype, attn_implementation: str | None
+def build_on_meta(
+    config: Config, dtype: torch.dtype, attn_implementation: str | None = None
 ) -> PreTrainedModel:
+    """The Hugging Face model with shapes and without memory."""
     if getattr(config, "output_router_logits", False):
         # Its auxiliary loss looks for router modules that are no longer there; ours is built by hand.
         config.output_router_logits = False
@@ -137,32 +161,25 @@ def _build_on_meta(
     return lm
 
 
-def _empty_bank(
-    config: Config,
-    family: Family,
-    held: list[int],
-    placement: Placement,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Router, FrozenBank]:
-    """Router and bank of one layer, allocated on the device, not yet filled."""
-    num_experts, shape = family.num_experts(config), family.expert_shape(config)
+def _empty_router(
+    config: Config, family: Family, dtype: torch.dtype, device: torch.device
+) -> Router:
+    """Router of one layer, allocated on the device, not yet filled."""
     keys = family.router
-    router = Router(
+    return Router(
         family.rule(config),
-        num_experts,
-        shape.hidden_dim,
+        family.num_experts(config),
+        config.hidden_size,
         dtype=torch.float32 if keys.fp32 else dtype,
         device=device,
         bias=bool(keys.bias),
         correction_bias=bool(keys.correction_bias),
     )
-    bank = FrozenBank(shape, held, num_experts, placement, dtype=dtype, device=device)
-    return router, bank
 
 
-def _fill(target: Tensor, value: Tensor, what: str) -> None:
+def _fill(target: Tensor, value: Tensor | None, what: str) -> None:
     """Copy, casting to the target's dtype and device."""
+    assert value is not None, what
     if target.shape != value.shape:
         raise ValueError(
             f"base.path: {what} has shape {tuple(value.shape)}, but config.json implies "
@@ -226,14 +243,37 @@ def _read_sparse(lm: PreTrainedModel, checkpoint: Checkpoint, family: Family) ->
                 keys = [prefix + key for key in spellings]
                 key = next((key for key in keys if key in checkpoint), keys[0])
                 _fill(target, checkpoint.tensor(key).view(target.shape), key)
-        for slot, expert in enumerate(block.frozen.expert_ids):
-            fill_expert(block.frozen, slot, experts.read(index, expert), f"{prefix}expert {expert}")
+        for bank in block.frozen_banks:
+            for slot, expert in enumerate(bank.expert_ids):
+                fill_expert(bank, slot, experts.read(index, expert), f"{prefix}expert {expert}")
 
 
 def fill_expert(bank: Bank, slot: int, weights: ExpertTensors, what: str) -> None:
-    """Copy one expert's numbers into entry `slot` of a bank."""
+    """Copy one expert's numbers into entry `slot` of a bank; pack them where the bank is packed."""
+    if isinstance(bank, PackedBank):
+        _fill_packed(bank, slot, weights, what)
+        return
     for name, target in views_of(bank, slot).items():
         _fill(target, getattr(weights, name), f"{what} {name}")
+
+
+def _fill_packed(bank: PackedBank, slot: int, weights: ExpertTensors, what: str) -> None:
+    """One expert's matrices as codes and scales, one matrix at a time."""
+    wide = bank.shape.intermediate_dim
+    gate_up, down = bank.gate_up, bank.down
+    places = {
+        "gate": (gate_up.codes[slot, :wide], gate_up.scale[slot, :wide]),
+        "up": (gate_up.codes[slot, wide:], gate_up.scale[slot, wide:]),
+        "down": (down.codes[slot], down.scale[slot]),
+    }
+    for name, (codes, scale) in places.items():
+        found, scale_found = pack_rows(getattr(weights, name), bank.bits)
+        _fill(codes, found, f"{what} {name}")
+        scale.copy_(scale_found)
+    if bank.gate_up_bias is not None and bank.down_bias is not None:
+        _fill(bank.gate_up_bias[slot, :wide], weights.gate_bias, f"{what} gate_bias")
+        _fill(bank.gate_up_bias[slot, wide:], weights.up_bias, f"{what} up_bias")
+        _fill(bank.down_bias[slot], weights.down_bias, f"{what} down_bias")
 
 
 def views_of(bank: Bank, slot: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_ext.config import Placement
 from moe_ext.model.activations import ExpertShape, activate
-from moe_ext.model.experts import Bank
+from moe_ext.model.experts import Bank, no_rows
 from moe_ext.model.grouped import plan_rows, sum_by_token
 
 
@@ -67,7 +67,7 @@ class LoraBank(Bank):
     ) -> Tensor:
         """As `Bank.forward`. Autograd sees the source as data: no weight gradient."""
         if not self.expert_ids:
-            return torch.zeros_like(x_TD if token_U is None else x_TD[token_U])
+            return no_rows(x_TD, weight_TS, token_U)
         plan = plan_rows(local_TS, len(self.expert_ids))
         x_RD = x_TD.index_select(0, plan.row_token)
         weight_R = weight_TS.reshape(-1).index_select(0, plan.row_slot)

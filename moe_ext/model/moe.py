@@ -27,6 +27,7 @@ class ExtendedMoE(nn.Module):
         ep_group: the expert-parallel group; None is the same mathematics on one rank.
         holder: where the routing context is found, one object for all layers of a model.
         returns_tuple: the family's decoder layer expects `(hidden, router scores)` (GPT-OSS).
+        hot: frozen experts that every rank of the group holds; `frozen` has the others.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ExtendedMoE(nn.Module):
         holder: ContextHolder,
         ep_group: ProcessGroup | None = None,
         returns_tuple: bool = False,
+        hot: FrozenBank | None = None,
     ):
         super().__init__()
         self.layer_index, self.router, self.frozen, self.shared = (
@@ -46,23 +48,29 @@ class ExtendedMoE(nn.Module):
             frozen,
             shared,
         )
-        self.new = nn.ModuleDict()
+        self.hot, self.new = hot, nn.ModuleDict()
         self.holder, self.ep_group, self.returns_tuple = holder, ep_group, returns_tuple
         self.liveness = Liveness()
+        self.physical_of: Tensor | None = None
         self._place()
 
     @property
     def num_frozen(self) -> int:
-        return self.frozen.num_experts
+        return self.router.num_frozen
 
     @property
     def num_new(self) -> int:
-        return sum(bank.num_experts for bank in self.banks[1:])
+        return sum(bank.num_experts for bank in self.new.values())  # type: ignore[misc]
+
+    @property
+    def frozen_banks(self) -> list[FrozenBank]:
+        """The pretrained experts, those that every rank holds beside their sharded bank last."""
+        return [self.frozen] if self.hot is None else [self.frozen, self.hot]
 
     @property
     def banks(self) -> list[Bank]:
-        """The frozen bank, then the new ones in the order of their logical ids."""
-        return [self.frozen, *self.new.values()]  # type: ignore[list-item]
+        """The frozen banks, then the new ones in the order of their logical ids."""
+        return [*self.frozen_banks, *self.new.values()]  # type: ignore[list-item]
 
     def add_bank(self, name: str, bank: Bank, rows: NewRows) -> None:
         """Append an extension's experts; their logical ids follow all present ones.
@@ -84,20 +92,28 @@ class ExtendedMoE(nn.Module):
         self._place()
 
     def _place(self) -> None:
-        """Where every logical expert lives: an owner a logical id, a first held id a bank.
+        """Where every expert lives: an owner a physical id, a first held id a bank.
 
-        A replicated expert's owner is NO_EXPERT: it is computed where its tokens are and never
-        travels. What a rank holds of a bank is one contiguous run of logical ids.
+        Physical ids are the logical ones, but for hot frozen experts, which come after the others: what
+        a rank holds of a bank is one run of physical ids. A replicated expert's owner is NO_EXPERT: it
+        is computed where its tokens are and never travels.
         """
         world = 1 if self.ep_group is None else self.ep_group.size()
+        hot = [] if self.hot is None else self.hot.expert_ids
+        order = [e for e in range(self.num_frozen) if e not in hot] + hot
         owner: list[int] = []
         for bank in self.banks:
-            bank.first_held = len(owner) + (bank.expert_ids[0] if bank.expert_ids else 0)
+            first = bank.expert_ids[0] if bank.expert_ids else 0
+            is_frozen = isinstance(bank, FrozenBank)
+            bank.first_held = order.index(first) if is_frozen else len(owner) + first
             if bank.placement is Placement.replicate or world == 1:
                 owner += [NO_EXPERT] * bank.num_experts
             else:
                 held = owners(bank.num_experts, world, bank.placement)
                 owner += [rank for rank in range(world) for _ in held[rank]]
+        physical = sorted(range(len(order)), key=order.__getitem__)
+        physical += range(len(order), len(owner))
+        self.physical_of = torch.tensor(physical) if hot else None
         self.owner_of = torch.tensor(owner, dtype=torch.int64)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -121,6 +137,10 @@ class ExtendedMoE(nn.Module):
         group = self.ep_group
         stay = [b for b in self.banks if group is None or b.placement is Placement.replicate]
         travel = [b for b in self.banks if b not in stay]
+        if self.physical_of is not None:
+            self.physical_of = self.physical_of.to(x_TD.device)
+            physical_TS = self.physical_of[expert_TS.clamp(min=0)]
+            expert_TS = physical_TS.masked_fill(expert_TS < 0, NO_EXPERT)
         if not travel:
             return _sum_banks(x_TD, expert_TS, weight_TS, stay)
         self.owner_of = self.owner_of.to(x_TD.device)

@@ -125,6 +125,21 @@ def moe_config(
     return config
 
 
+def upcycled_config(
+    dense_path: Path,
+    num_experts: int,
+    top_k: int,
+    layers: list[int],
+    settings: SpecialiseConfig | None,
+) -> Qwen2MoeConfig:
+    """The configuration that `upcycle` gives its model; reads the dense model's alone."""
+    dense = AutoConfig.from_pretrained(dense_path)
+    width = dense.intermediate_size
+    if settings:
+        width = settings.expert_width or default_width(width)
+    return moe_config(dense, num_experts, top_k, layers, width)
+
+
 _SAME_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -230,12 +245,8 @@ def upcycle(
         ValueError: a dense model or numbers that do not fit, or too little text.
     """
     dense_path = Path(dense_path)
-    dense = AutoConfig.from_pretrained(dense_path)
-    layers = sparse_layers(dense.num_hidden_layers, 3, 1) if layers is None else layers
-    width = dense.intermediate_size
-    if settings:
-        width = settings.expert_width or default_width(width)
-    config = moe_config(dense, num_experts, top_k, layers, width)
+    layers = sparse_layers(num_decoder_layers(dense_path), 3, 1) if layers is None else layers
+    config = upcycled_config(dense_path, num_experts, top_k, layers, settings)
 
     def write(folder: Path) -> None:
         files = Checkpoint(dense_path)

@@ -116,8 +116,17 @@ def prepare(config: TrainConfig, topology: Topology, prepare_base: Callable[[], 
     return Prepared(Path(path), dtype, encoders, build, data)
 
 
-def build_model(config: TrainConfig, prepared: Prepared, topology: Topology) -> MultimodalMoE:
-    """The base with connectors and without new experts, frozen. Equal on all ranks but for shares."""
+def build_model(
+    config: TrainConfig,
+    prepared: Prepared,
+    topology: Topology,
+    hot: dict[int, list[int]] | None = None,
+) -> MultimodalMoE:
+    """The base with connectors and without new experts, frozen. Equal on all ranks but for shares.
+
+    Args:
+        hot: layer -> frozen experts that every rank holds.
+    """
     lm = load_base(
         prepared.base_path,
         dtype=prepared.dtype,
@@ -126,6 +135,8 @@ def build_model(config: TrainConfig, prepared: Prepared, topology: Topology) -> 
         ep_size=topology.ep_size,
         ep_group=topology.ep_group,
         frozen_placement=config.parallel.frozen_placement,
+        frozen_bits=config.base.frozen_bits,
+        hot=hot,
     )
     connectors = nn.ModuleDict()
     for modality, (name, encoder) in enumerate(

@@ -113,6 +113,8 @@ class Engine:
             weight_decay=settings.weight_decay,
             fused=True,  # one pass over the partition: a quarter of the time of the plain loop
         )
+        self.at_first_step: Callable[[], None] | None = None
+        """Called once, between the first step's last backward and the step."""
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -160,9 +162,9 @@ class Engine:
 
     def num_elements(self) -> int:
         """Trainable elements that this rank holds, anchor included."""
-        return sum(p.numel() for p in self._all_parameters())
+        return sum(p.numel() for p in self.parameters())
 
-    def _all_parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[nn.Parameter]:
         parameters = [item.parameter for item in self.trainable]
         return parameters + ([self.anchor] if self.anchor is not None else [])
 
@@ -297,6 +299,9 @@ class Engine:
         Raises:
             RuntimeError: such a gradient under ZeRO-0, which cannot drop it.
         """
+        if self.at_first_step is not None:
+            self.at_first_step()
+            self.at_first_step = None
         if self.settings.zero_stage == 0:
             self._refuse_bad_gradient()
         for group in self.adam.param_groups:
@@ -310,7 +315,7 @@ class Engine:
 
     def _refuse_bad_gradient(self) -> None:
         """Without ZeRO, DeepSpeed's fp32 step would write a NaN into weights and moments."""
-        gradients = [p.grad for p in self._all_parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
         bad = torch.zeros(1, device=self.topology.device)
         bad += float(not all(bool(g.isfinite().all()) for g in gradients))
         dist.all_reduce(bad)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_ext.analysis.probe import load_plans
+from moe_ext.analysis.probe import load_plans, most_selected
 from moe_ext.config import StageConfig, StageKind, Trainable
 from moe_ext.data import merge_states
 from moe_ext.data.configured import open_loader
@@ -38,6 +38,7 @@ from moe_ext.training.build import build_model
 from moe_ext.training.checkpoint import Published, Snapshot, published
 from moe_ext.training.closed_form import start_connectors
 from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter
+from moe_ext.training.held import formula_bytes, held_bytes
 from moe_ext.training.loop import Position, train
 from moe_ext.training.parts import FrozenWatch, Part, choose, parts_of, statics_of
 from moe_ext.training.run import Run, check_identity, peak_memory, status
@@ -76,7 +77,10 @@ def run_stage(
     torch.manual_seed(run.config.seed * 7919 + index * 101 + run.topology.rank)
     status(run, "running", name, 0)
     source = None if previous is None else Published(run.result(previous) or Path())
-    model = stage_model(run, source)
+    hot = hot_of(run) if stage.kind is StageKind.train else {}
+    if hot:
+        run.tracker.say(f"[{name}] hot experts by layer, on every rank: {hot}")
+    model = stage_model(run, source, hot)
     if stage.kind is StageKind.extend:
         extend(run, model)
         if at_step0 is not None:
@@ -97,6 +101,8 @@ def run_stage(
     numbers = count(model, chosen)
     watch = FrozenWatch(model, chosen)
     engine = make_engine(run, stage, model, chosen)
+    held: dict[str, int] = {}
+    engine.at_first_step = lambda: held.update(held_bytes(model, engine))
     if source is not None and stage.kind is not StageKind.probe:
         resume.restore_masters(engine, chosen, source, moments=False)
     finished, position = train_stage(
@@ -112,13 +118,24 @@ def run_stage(
         write_probe(run, before, after, stage.statistics_samples)
         for layer in extended_layers(model.lm).values():
             layer.router.drop_delta()
-    return finish(run, name, model, engine, position, began, chosen, numbers)
+    return finish(run, name, model, engine, position, began, chosen, numbers, held)
 
 
-def stage_model(run: Run, source: Published | None) -> MultimodalMoE:
+def hot_of(run: Run) -> dict[int, list[int]]:
+    """Layer -> hot experts: those that the configuration names, or the probe's most selected once it
+    is done. Only stages that train have any: evaluation adds up in one order, before and after."""
+    parallel, path = run.config.parallel, run.folder / PROBE_FILE
+    if parallel.hot_lists or not parallel.hot_experts or not path.is_file():
+        return {layer: list(ids) for layer, ids in parallel.hot_lists.items()}
+    return most_selected(path, parallel.hot_experts)
+
+
+def stage_model(
+    run: Run, source: Published | None, hot: dict[int, list[int]] | None = None
+) -> MultimodalMoE:
     """The model a stage starts from; the extension is attached once a result holds it."""
     config = run.config
-    model = build_model(config, run.prepared, run.topology)
+    model = build_model(config, run.prepared, run.topology, hot)
     if source is None:
         return model
     if any(name.startswith("layers.") for name in source.tensors):
@@ -269,11 +286,13 @@ def finish(
     began: float,
     chosen: list[Part] | None,
     numbers: tuple[int, int],
+    held: dict[str, int] | None = None,
 ) -> bool:
     """Publish the stage's result and record the stage; True.
 
     Args:
         numbers: trainable and all parameters, encoders apart.
+        held: bytes of this rank's tensors by kind before the first step; empty when there was none.
     """
     topology = run.topology
     check_result(model)
@@ -303,12 +322,27 @@ def finish(
             "trainable_parameters": numbers[0],
             "total_parameters": numbers[1] + encoders,
             "peak_memory_bytes": peak_memory(topology),
+            **({} if engine is None else tensor_bytes(model, engine, held or {})),
         }
     )
     run.tracker.say(f"[{name}] finished in {minutes:.1f} minutes")
     if engine is not None:
         engine.destroy()
     return True
+
+
+def tensor_bytes(model: MultimodalMoE, engine: Engine, held: dict[str, int]) -> dict[str, Any]:
+    """Bytes of tensors by kind, measured, and what the formula says; one entry a rank. A collective."""
+    own = (held, formula_bytes(model, engine))
+    all_: list[Any] = [own] * engine.topology.world_size
+    if engine.topology.world_size > 1:
+        dist.all_gather_object(all_, own)
+    if not all(measured for measured, _ in all_):
+        return {}
+    return {
+        "tensor_bytes": [measured for measured, _ in all_],
+        "tensor_bytes_formula": [formula for _, formula in all_],
+    }
 
 
 def count(model: MultimodalMoE, chosen: list[Part]) -> tuple[int, int]:

@@ -281,3 +281,14 @@ def test_two_ranks_find_what_one_finds(base, tmp_path):
         assert ours["sources"] == theirs["sources"]
     for layer, mean in mean_input.items():
         torch.testing.assert_close(other_mean[layer], mean)
+
+
+def test_the_most_selected_are_counted_over_all_kinds_of_token(tmp_path):
+    layers = [
+        {"layer": 3, "count_before": {"image": [5, 0, 1, 9], "text": [5, 1, 1, 0]}},
+        {"layer": 7, "count_before": {"image": [0, 2, 2, 0], "text": [2, 0, 0, 0]}},
+    ]
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps({"layers": layers}))
+    assert probe.most_selected(path, 2) == {3: [0, 3], 7: [0, 1]}  # ties to the lower id
+    assert probe.most_selected(path, 9) == {3: [0, 2, 3], 7: [0, 1, 2]}  # never all of them

@@ -1,8 +1,10 @@
 """One extended layer with known weights, and an honest per-token loop that computes the same."""
 
 import math
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,11 +12,30 @@ from moe_ext.config import CalibrationKind, Placement, Scope
 from moe_ext.model.context import ContextHolder, RoutingContext
 from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
 from moe_ext.model.moe import ExtendedMoE
-from moe_ext.model.placement import owners
+from moe_ext.model.placement import cold_experts, owners
 from moe_ext.model.routing import Router, RoutingRule
 from moe_ext.model.rows import Calibration, NewRows
 
 DIM, WIDE = 12, 20
+
+
+@contextmanager
+def counted_bytes(peer: int):
+    """A list that grows by the bytes that this rank hands to rank `peer` of two in every exchange."""
+    travelled: list[int] = []
+    exchange = dist.all_to_all_single
+
+    def spy(out, rows, *splits, **options):
+        sent = splits[1] if len(splits) > 1 else [rows.numel() // 2] * 2
+        width = rows[:1].numel() if len(splits) > 1 else 1
+        travelled.append(sent[peer] * width * rows.element_size())
+        return exchange(out, rows, *splits, **options)
+
+    dist.all_to_all_single = spy
+    try:
+        yield travelled
+    finally:
+        dist.all_to_all_single = exchange
 
 
 class Weights:
@@ -46,18 +67,26 @@ def build(
     group=None,
     rank: int = 0,
     world: int = 1,
+    hot: tuple[int, ...] = (),
 ) -> ExtendedMoE:
     """The layer of `weights` as this rank holds it; no new bank when `num_new` is 0."""
     num_frozen, num_new = weights.num_frozen, weights.num_new
     shape = ExpertShape(DIM, WIDE, activation, bias=weights.bias)
     names = ("gate_up", "down") + (("gate_up_bias", "down_bias") if weights.bias else ())
-    held = owners(num_frozen, world, Placement.shard)[rank]
-    frozen = FrozenBank(shape, held, num_frozen, Placement.shard, dtype=torch.float32)
-    for name in names:
-        getattr(frozen, name).copy_(getattr(weights, name)[held])
+    cold, on_all = cold_experts(num_frozen, world, Placement.shard, hot)
+
+    def frozen_bank(held: list[int], number: int, where: Placement) -> FrozenBank:
+        bank = FrozenBank(shape, held, number, where, dtype=torch.float32)
+        for name in names:
+            getattr(bank, name).copy_(getattr(weights, name)[held])
+        return bank
+
+    held = [cold[e] for e in owners(len(cold), world, Placement.shard)[rank]]
+    frozen = frozen_bank(held, len(cold), Placement.shard)
+    replicas = frozen_bank(on_all, len(on_all), Placement.replicate) if on_all else None
     router = Router(rule, num_frozen, DIM, dtype=torch.float32)
     router.frozen_weight.copy_(weights.rows[:num_frozen])
-    layer = ExtendedMoE(0, router, frozen, None, ContextHolder(), ep_group=group)
+    layer = ExtendedMoE(0, router, frozen, None, ContextHolder(), ep_group=group, hot=replicas)
     if num_new:
         held = owners(num_new, world, placement)[rank]
         bank = NewBank(shape, held, num_new, placement, dtype=torch.float32)

@@ -129,7 +129,8 @@ def _logits_of_two_ranks(folder: str) -> list[torch.Tensor]:
     rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
     ids = torch.randint(3, 128, (2, 9 + rank), generator=torch.Generator().manual_seed(rank))
     logits = []
-    for placement in Placement:
+    hot = {0: [3], 1: [0, 2], 2: [1, 2, 3, 4]}  # of 5 experts in each of three layers
+    for placement, hot_here in (*((p, None) for p in Placement), (Placement.shard, hot)):
         lm = load_base(
             folder,
             dtype=torch.float32,
@@ -137,6 +138,7 @@ def _logits_of_two_ranks(folder: str) -> list[torch.Tensor]:
             ep_size=2,
             ep_group=group,
             frozen_placement=placement,
+            hot=hot_here,
         )
         with torch.no_grad():
             logits.append(lm(ids).logits)
@@ -146,6 +148,7 @@ def _logits_of_two_ranks(folder: str) -> list[torch.Tensor]:
 def test_two_ranks_compute_what_one_computes(base):
     lm = load_base(base, dtype=torch.float32)
     for rank, logits in enumerate(run_ranks(_logits_of_two_ranks, 2, str(base))):
+        assert len(logits) == 3
         ids = torch.randint(3, 128, (2, 9 + rank), generator=torch.Generator().manual_seed(rank))
         with torch.no_grad():
             expected = lm(ids).logits

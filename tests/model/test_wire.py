@@ -5,24 +5,16 @@ import torch.distributed as dist
 
 from moe_ext.config import Placement, Scope
 from moe_ext.model.routing import RoutingRule
-from tests.model.layers import DIM, Weights, build, sequences
+from tests.model.layers import DIM, Weights, build, counted_bytes, sequences
 from tests.ranks import run_ranks
 
 RULE = RoutingRule(top_k=3)
 NUM_FROZEN, LENGTH = 6, 40
 
 
-def counted_bytes(placement_name: str) -> dict[str, int]:
+def exchanged(placement_name: str) -> dict[str, int]:
     """Bytes that one rank hands to its peer in a forward and backward pass, and what they must be."""
     rank, group = dist.get_rank(), dist.group.WORLD
-    travelled, exchange = [], dist.all_to_all_single
-
-    def spy(out, rows, *splits, **options):
-        sent = splits[1] if len(splits) > 1 else [rows.numel() // 2] * 2
-        width = rows[:1].numel() if len(splits) > 1 else 1
-        travelled.append(sent[1 - rank] * width * rows.element_size())
-        return exchange(out, rows, *splits, **options)
-
     layer = build(
         Weights(NUM_FROZEN, 2), RULE, scope=Scope.joint, placement=Placement(placement_name),
         group=group, rank=rank, world=2,
@@ -30,12 +22,9 @@ def counted_bytes(placement_name: str) -> dict[str, int]:
     context = sequences(4, LENGTH, seed=rank)
     layer.holder.context = context
     hidden = torch.randn(4, LENGTH, DIM, generator=torch.Generator().manual_seed(rank))
-    dist.all_to_all_single = spy
-    try:
+    with counted_bytes(peer=1 - rank) as travelled:
         y = layer(hidden.requires_grad_())
         y.sum().backward()
-    finally:
-        dist.all_to_all_single = exchange
     expert_TS = context.records[0].expert_TS
     owner_TS = layer.owner_of[expert_TS.clamp(min=0)].masked_fill(expert_TS < 0, -1)
     goes = int((owner_TS == 1 - rank).any(1).sum())  # tokens that need the other rank
@@ -53,6 +42,6 @@ def counted_bytes(placement_name: str) -> dict[str, int]:
 
 def test_payload_is_the_minimum():
     for placement in ("replicate", "shard"):
-        for found in run_ranks(counted_bytes, 2, placement):
+        for found in run_ranks(exchanged, 2, placement):
             assert found["rows"] > 20
             assert found["travelled"] == found["minimum"], found

@@ -80,6 +80,10 @@ def _runs(folder):
     codes["recompute"] = _run(
         folder, "recompute", "parallel.ep_size=2", "parallel.activation_checkpointing=true"
     )
+    codes["hot"] = _run(
+        folder, "hot", "parallel.ep_size=2", "parallel.hot_experts=2", "stages.tune.steps=3"
+    )
+    codes["packed"] = _run(folder, "packed", "base.frozen_bits=8", "stages.tune.steps=3")
     undo = _at_step(3, ask)
     codes["asked"] = _run(folder, "stopped", "parallel.ep_size=2")
     codes["asked elsewhere"] = _run(folder, "moved", "parallel.ep_size=2")
@@ -272,3 +276,30 @@ def test_a_run_is_exported(runs, tmp_path, monkeypatch):
     assert sorted(model.encoders["1"].network.state_dict()) == sorted(
         CLIPVisionModel.from_pretrained(folder / "tower").state_dict()
     )
+
+
+def test_hot_experts_change_no_number_and_8_bits_no_text(runs):
+    folder, _ = runs
+    first, plain = _nll(folder, "hot")[0], _nll(folder, "straight")[0]
+    assert first == pytest.approx(plain, rel=1e-5)
+    rounded = _nll(folder, "packed")[0]
+    assert rounded != plain
+    assert rounded == pytest.approx(plain, rel=0.05)
+    for name in ("hot", "packed"):
+        summary = json.loads((folder / name / "summary.json").read_text())
+        assert summary["text"]["unchanged"], name
+
+
+def test_tensor_bytes_of_a_run_stand_beside_the_formula(runs):
+    """Between backward and step DeepSpeed has only this rank's part of the gradient left."""
+    folder, _ = runs
+    summary = json.loads((folder / "straight" / "summary.json").read_text())
+    for name in ("align", "tune"):
+        stage = summary["stages"][name]
+        assert len(stage["tensor_bytes"]) == len(stage["tensor_bytes_formula"]) == 2
+        for kinds, formula in zip(
+            stage["tensor_bytes"], stage["tensor_bytes_formula"], strict=True
+        ):
+            trained = 4 * stage["trainable_parameters"]
+            assert kinds["trained"] == pytest.approx(trained, rel=0.02)
+            assert sum(kinds.values()) + trained / 2 == pytest.approx(formula, rel=0.05)

@@ -16,6 +16,15 @@ def make_inputs(folder: Path) -> None:
     tokenizer = make_tokenizer()
     save_tiny(folder / "base", "qwen2_moe", vocab_size=len(tokenizer) + 5)
     tokenizer.save_pretrained(folder / "base")
+    make_tower(folder / "tower")
+    splits = ["train"] * 8 + ["probe", "heldout"]
+    write_shards(
+        ((splits[i % 10], pair(37 * i)) for i in range(160)), folder / "shards", name="pairs"
+    )
+
+
+def make_tower(folder: Path) -> None:
+    """A random CLIP tower: 16 pixels, patches of 8, three layers."""
     torch.manual_seed(1)
     vision = CLIPVisionConfig(
         hidden_size=16,
@@ -25,13 +34,9 @@ def make_inputs(folder: Path) -> None:
         image_size=16,
         patch_size=8,
     )
-    CLIPVisionModel(vision).save_pretrained(folder / "tower")
+    CLIPVisionModel(vision).save_pretrained(folder)
     normalisation = {"image_mean": [0.5] * 3, "image_std": [0.2] * 3}
-    (folder / "tower" / "preprocessor_config.json").write_text(json.dumps(normalisation))
-    splits = ["train"] * 8 + ["probe", "heldout"]
-    write_shards(
-        ((splits[i % 10], pair(37 * i)) for i in range(160)), folder / "shards", name="pairs"
-    )
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation))
 
 
 def overrides(folder: Path, run: str, *more: str) -> list[str]:

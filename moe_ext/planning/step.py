@@ -1,0 +1,134 @@
+"""Predicted seconds of a training step of one rank: products, exchange, reduction of gradients.
+
+A model to compare placements with, not a promise: ranks are taken to be equally loaded, nothing
+overlaps, an exchange costs its bytes over the link's bandwidth and a fixed latency, a reduction its
+bytes alone. Left out are the optimizer, the loader, and encoders whose features come from a cache.
+
+Products, counted as two operations a multiply-add, of one token:
+
+    dense weights        2 forward, 2 backward to the input (no weight gradient: they are frozen)
+    chosen experts       the same, and 2 more for the weight gradient of a new one
+    attention            2 * heads * (query + value width) * positions / 2 forward, twice that backward
+    output layer         2 + 2 an element of D x V, for tokens that are targets
+    recomputation        all of the layers' forward once more with activation checkpointing
+
+Where no connector trains, layers below the first extended one have no backward pass.
+"""
+
+from dataclasses import dataclass
+
+from moe_ext.config_cluster import ClusterConfig
+from moe_ext.planning.sizes import BaseSizes, EncoderSizes, ExtensionSizes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one rank computes in one step, and what the plan has to take for granted."""
+
+    sequences: int
+    """Of a micro-batch of one rank."""
+    length: int
+    """Tokens of a sequence, padding included."""
+    items: int
+    """Media items a sequence."""
+    accumulation: int
+    recompute: bool
+    """Activation checkpointing."""
+    new_share: float
+    """Share of the slots, in extended layers, that choose new experts."""
+    live_layers: int
+    """Decoder layers with a backward pass: those above the lowest trained tensor."""
+    element_bytes: int
+    runs_encoders: bool = True
+
+    @property
+    def micro_tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def tokens(self) -> int:
+        """Of one rank in one step."""
+        return self.micro_tokens * self.accumulation
+
+    def targets(self, encoders: list[EncoderSizes]) -> int:
+        """Target tokens of a micro-batch, at most: all but the media's own."""
+        media = self.items * sum(encoder.tokens_per_item for encoder in encoders)
+        return self.sequences * max(self.length - media, 1)
+
+
+def step_flops(
+    base: BaseSizes, extension: ExtensionSizes, encoders: list[EncoderSizes], work: Work
+) -> float:
+    """Operations of one rank in one step."""
+    live = work.live_layers / base.num_layers
+    passes = 1 + live + (live if work.recompute else 0)
+    dense = 2 * base.linear * passes
+    attention = base.num_layers * base.attention_width * work.length * (passes + live)
+    expert = 2 * 3 * base.expert.hidden_dim * base.expert.intermediate_dim
+    routed = len(base.sparse_layers) * base.top_k * expert * passes
+    of_new = extension.num_layers * base.top_k * work.new_share * expert
+    routed += of_new * extension.trained_expert / base.expert_elements
+    layers = (dense + attention + routed) * work.tokens
+    head = 4 * base.vocabulary * base.hidden_dim * work.targets(encoders) * work.accumulation
+    items = work.items * work.sequences * work.accumulation if work.runs_encoders else 0
+    media = items * sum(encoder.flops_per_item for encoder in encoders)
+    return layers + head + media
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds."""
+
+    compute: float
+    exchange_within: float
+    """Tokens to ranks of the same node and back."""
+    exchange_between: float
+    reduction: float
+    """Gradients summed, updated weights gathered."""
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exchange_within + self.exchange_between + self.reduction
+
+
+def step_time(
+    flops: float,
+    wire_bytes: float,
+    num_exchanges: int,
+    ep_size: int,
+    reduced_bytes: tuple[float, float],
+    zero_stage: int,
+    work: Work,
+    cluster: ClusterConfig,
+) -> StepTime:
+    """Seconds of one step.
+
+    Args:
+        wire_bytes: of a token's exchange in all layers, forward and backward.
+        num_exchanges: collectives of a step for it, counts of rows included.
+        reduced_bytes: gradients that the whole world, and that the replicas of sharded experts sum.
+
+    A group of consecutive ranks fills nodes in order: of a rank's `ep_size - 1` peers so many are in
+    its node as fit. A sum over dp ranks and a gathering of the result send (dp - 1) / dp of the bytes
+    each; stage 2 sums every micro-batch, stage 1 once a step.
+    """
+    peers = max(ep_size - 1, 1)
+    within = min(ep_size, cluster.ranks_per_node) - 1
+    sent = wire_bytes * work.tokens
+    crosses = ep_size > cluster.ranks_per_node
+    latency = num_exchanges * (cluster.inter_latency_us if crosses else cluster.intra_latency_us)
+    world = cluster.num_ranks
+    times = work.accumulation if zero_stage == 2 else 1
+    replicas = {world: reduced_bytes[0], world // ep_size: reduced_bytes[1]}
+    if ep_size == 1:
+        replicas = {world: sum(reduced_bytes)}
+    reduced = sum(b * (times + 1) * (dp - 1) / dp for dp, b in replicas.items())
+    slowest = cluster.intra_gb_per_s if cluster.nodes == 1 else cluster.inter_gb_per_s
+    return StepTime(
+        compute=flops / (cluster.peak_tflops * 1e12 * cluster.achieved_share),
+        exchange_within=sent * within / peers / (cluster.intra_gb_per_s * 1e9)
+        + (0.0 if crosses else latency * 1e-6),
+        exchange_between=sent * (peers - within) / peers / (cluster.inter_gb_per_s * 1e9)
+        + (latency * 1e-6 if crosses else 0.0),
+        reduction=reduced / (slowest * 1e9),
+    )
