@@ -154,8 +154,15 @@ def planned(folder: Path, case: tuple, world: int, rank: int):
 
 @pytest.mark.parametrize(
     ("world", "layouts"),
-    [(1, [(1, "replicate")]), (2, [(1, "replicate"), (2, "replicate"), (2, "shard")])],
-    ids=["one rank", "two ranks"],
+    [
+        pytest.param(1, [(1, "replicate")], id="one rank"),
+        pytest.param(
+            2,
+            [(1, "replicate"), (2, "replicate"), (2, "shard")],
+            id="two ranks",
+            marks=pytest.mark.slow,  # 24 engines
+        ),
+    ],
 )
 def test_planned_bytes_are_measured_ones(folder, world, layouts):
     for rank, cases in enumerate(run_ranks(measured, world, str(folder), layouts)):
