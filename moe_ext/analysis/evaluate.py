@@ -76,7 +76,10 @@ def evaluate(
             model, text_ids_RS, ranks, progress=_named(progress, "text, opened")
         )
     items = next(iter(items_of.values()), [])
-    parts["experts"] = {"trained": expert_use(model, build, items, text_ids_RS[:4], ranks)}
+    use = expert_use(
+        model, build, items, text_ids_RS[:4], ranks, progress=_named(progress, "use of experts")
+    )
+    parts["experts"] = {"trained": use}
     return parts
 
 
@@ -159,19 +162,22 @@ def expert_use(
     text_ids_RS: torch.Tensor,
     ranks: Ranks | None = None,
     together: int = 8,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Selections by layer, kind of token and expert, on held-out pairs and on text alone."""
     ranks, device = ranks or Ranks(), next(model.parameters()).device
+    pairs, texts = ranks.rows(len(items), together), ranks.rows(len(text_ids_RS), 2)
 
     def batches():
-        for rows, own in ranks.rows(len(items), together):
-            batch = pair_batch(build, [items[row] for row in rows])
+        for done, (rows, own) in enumerate(pairs + texts):
+            if done < len(pairs):
+                batch = pair_batch(build, [items[row] for row in rows])
+            else:
+                batch = text_batch(text_ids_RS[rows])
             batch.segment_ids[own:] = 0  # repeated rows are not counted twice
             yield batch.to(device)
-        for rows, own in ranks.rows(len(text_ids_RS), 2):
-            batch = text_batch(text_ids_RS[rows])
-            batch.segment_ids[own:] = 0
-            yield batch.to(device)
+            if progress:
+                progress(done + 1, len(pairs) + len(texts))
 
     return count_selections(model, batches(), ranks).to_json()
 

@@ -10,6 +10,7 @@ BENCHMARKS = {
         "moe_ext.benchmarks.stream",
         "reading samples, beside raw tar reading and its peers",
     ),
+    "checkpoint": ("moe_ext.benchmarks.checkpoint", "how long a checkpoint stops training"),
     "step": ("moe_ext.benchmarks.step", "a whole training step on two ranks beside its peers"),
 }
 """Benchmark -> (module with `main`, one line of help)."""
@@ -18,7 +19,7 @@ BENCHMARKS = {
 def main(arguments: Sequence[str]) -> int:
     words = list(arguments)
     if not words or words[0] not in BENCHMARKS:
-        listing = "\n".join(f"  {name:<8} {text}" for name, (_, text) in BENCHMARKS.items())
+        listing = "\n".join(f"  {name:<10} {text}" for name, (_, text) in BENCHMARKS.items())
         print(f"usage: moe-ext bench BENCHMARK [OPTIONS]\n\n{listing}", file=sys.stderr)
         return 0 if words and words[0] in ("-h", "--help") else 2
     return importlib.import_module(BENCHMARKS[words[0]][0]).main(words[1:])

@@ -84,7 +84,7 @@ def plan_runs(config_dir: Path, overrides: Sequence[str], root: Path) -> list[Pl
     first = load(config_dir, points[0])
     if first.launcher.sweep:
         points = [[*point, *more] for point in points for more in expand(first.launcher.sweep)]
-    runs = [_planned(load(config_dir, point), tuple(point), root) for point in points]
+    runs = [planned(load(config_dir, point), tuple(point), root) for point in points]
     folders = [run.run_dir for run in runs]
     if len(set(folders)) != len(folders):
         raise ConfigError(
@@ -99,7 +99,8 @@ def sweep_id(runs: Sequence[PlannedRun]) -> str:
     return f"{runs[0].config.name}-sweep-{short_hash(' '.join(run.run_id for run in runs))}"
 
 
-def _planned(config: TrainConfig, overrides: tuple[str, ...], root: Path) -> PlannedRun:
+def planned(config: TrainConfig, overrides: tuple[str, ...], root: Path) -> PlannedRun:
+    """One run in the folder that its settings lead to; relative folders are taken from `root`."""
     identity = run_id(config)
     is_default = config.run_dir == f"runs/{config.name}"
     run_dir = root / (f"runs/{identity}" if is_default else config.run_dir)

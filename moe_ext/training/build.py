@@ -1,9 +1,11 @@
 """What a run needs before it trains: base, data, encoders, and the model of a stage, built fresh."""
 
+import contextlib
 import itertools
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,23 +166,43 @@ def heldout_manifest(config: TrainConfig) -> Path | None:
     return Path(stream.manifest) if stream is not None else None
 
 
+@contextlib.contextmanager
+def _signs_of_life(store: dist.Store, topology: Topology) -> Iterator[None]:
+    """Inside, this rank's counter in the store goes up several times in every `timeout_s`."""
+    over = threading.Event()
+
+    def count() -> None:
+        while not over.wait(topology.timeout_s / 10):
+            store.add(f"moe_ext/alive/{topology.rank}", 1)
+
+    thread = threading.Thread(target=count, name="signs of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def share_work(
     topology: Topology, jobs: dict[str, tuple[int, Callable[[], Any]]]
 ) -> dict[str, str]:
     """Results, as text, of jobs that one rank each does, side by side; equal on all ranks.
 
-    A job may take longer than a collective may wait.
+    A job may take longer than a collective may wait, while its rank shows signs of life.
 
     Args:
         jobs: name -> (rank that does it, work).
 
     Raises:
-        RuntimeError: another rank's job failed, with its reason.
+        RuntimeError: another rank's job failed, with its reason, or that rank showed no sign of life
+            for `parallel.timeout_s`.
     """
     store = dist.distributed_c10d._get_default_store()
     round_ = next(_ROUND)
-    for name, (owner, work) in jobs.items():
-        if owner % topology.world_size == topology.rank:
+    mine = {n: work for n, (o, work) in jobs.items() if o % topology.world_size == topology.rank}
+    with _signs_of_life(store, topology):
+        for name, work in mine.items():
             try:
                 store.set(f"moe_ext/{round_}/{name}", f"1{work()}")
             except BaseException:
@@ -189,9 +211,17 @@ def share_work(
                 raise
     results = {}
     for name, (owner, _) in jobs.items():
-        key = f"moe_ext/{round_}/{name}"
+        key, worker = f"moe_ext/{round_}/{name}", owner % topology.world_size
+        last, since = -1, time.monotonic()
         while not store.check([key]):
             time.sleep(0.2)
+            if (sign := store.add(f"moe_ext/alive/{worker}", 0)) != last:
+                last, since = sign, time.monotonic()
+            if time.monotonic() - since > topology.timeout_s:
+                raise RuntimeError(
+                    f"rank {worker} showed no sign of life for parallel.timeout_s={topology.timeout_s} "
+                    f"seconds while the others waited for its work on {name}: it died or was stopped"
+                )
         answer = store.get(key).decode()
         if answer[0] == "0":
             raise RuntimeError(f"rank {owner % topology.world_size}, {name}: {answer[1:]}")

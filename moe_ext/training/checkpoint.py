@@ -1,4 +1,4 @@
-"""Publish and resume: own format, safetensors and JSON, by logical tensor name.
+"""What a checkpoint holds, and reading one: own format, safetensors and JSON, by logical tensor name.
 
 A published folder holds one safetensors file a rank with the pieces of optimizer state that the rank
 owns, one with tensors that are equal everywhere, and `manifest.json`: for every logical tensor its
@@ -6,23 +6,17 @@ shape and where its pieces lie, sizes and hashes of all files, and the run's pos
 pieces are found by name and element, another number of ranks, another ep_size or ZeRO stage reads the
 same files. Frozen weights are never in it.
 
-A folder is published whole or not at all: every rank writes and syncs its file into a hidden folder,
-errors are exchanged, and rank 0 renames it after the manifest is on disk.
+`publishing.py` writes it, whole or not at all.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 MANIFEST = "manifest.json"
@@ -60,54 +54,6 @@ class Snapshot:
     """Tensors that are equal on all ranks; rank 0's are written."""
 
 
-def publish(
-    folder: Path,
-    name: str,
-    snapshot: Snapshot,
-    rank: int = 0,
-    world_size: int = 1,
-    keep: int | None = None,
-    before_rename: Callable[[], None] | None = None,
-) -> Path:
-    """`folder/name`, published whole by all ranks together. A collective.
-
-    Args:
-        keep: afterwards only the newest so many published folders stay; None keeps all.
-        before_rename: called on rank 0 right before the rename; an exception there (the run's folder
-            belongs to a newer start) publishes nothing.
-
-    Raises:
-        CheckpointError: some rank could not write, on all ranks, with that rank's reason. What was
-            published before is whole.
-    """
-    partial, final = folder / f".{name}.partial", folder / name
-    _together(rank, world_size, lambda: _make_empty(partial) if rank == 0 else None, partial)
-
-    def write_own() -> dict[str, Any]:
-        return _write_rank(partial, snapshot, rank)
-
-    entries = _together(rank, world_size, write_own, partial)
-
-    def finish() -> None:
-        if rank != 0:
-            return
-        manifest = _manifest(snapshot, entries, world_size)
-        _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_folder(partial)
-        if before_rename is not None:
-            before_rename()
-        if final.exists():  # the same step again, after a resume from an earlier one
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        _sync_folder(folder)
-        if keep is not None:
-            for old in published(folder)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-
-    _together(rank, world_size, finish, partial)
-    return final
-
-
 def published(folder: Path) -> list[Path]:
     """Published checkpoints in a folder, in the order of their names."""
     if not folder.is_dir():
@@ -115,61 +61,14 @@ def published(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.name[0] != "." and (p / MANIFEST).is_file())
 
 
-def _together(rank: int, world_size: int, work: Callable[[], Any], partial: Path) -> list[Any]:
-    """Every rank's result of `work`; if it failed anywhere, CheckpointError on all ranks."""
-    result, error = None, None
-    try:
-        result = work()
-    except (OSError, CheckpointError, RuntimeError) as caught:
-        error = f"rank {rank}: {type(caught).__name__}: {caught}"
-    outcomes = [(result, error)]
-    if world_size > 1:
-        outcomes = [(None, None)] * world_size
-        dist.all_gather_object(outcomes, (result, error))
-    errors = [e for _, e in outcomes if e]
-    if errors:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint {partial.name.strip('.')} was not published ({'; '.join(errors)}); "
-            f"what was published before in {partial.parent} is whole"
-        )
-    return [r for r, _ in outcomes]
+def build_manifest(
+    snapshot: Snapshot, entries: list[dict[str, Any]], world_size: int
+) -> dict[str, Any]:
+    """What `manifest.json` says, from every rank's entry.
 
-
-def _make_empty(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-
-def _write_rank(partial: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
-    """This rank's files, and what the manifest has to say about them."""
-    files, pieces = {}, []
-    tensors = {f"rank.{name}": t for name, t in snapshot.rank_tensors.items()}
-    own = f"rank-{rank:05d}.safetensors"
-    for piece in snapshot.pieces:
-        lengths = {t.numel() for t in piece.tensors.values()}
-        assert len(lengths) == 1, f"pieces of {piece.name} differ in length: {lengths}"
-        for kind, tensor in piece.tensors.items():
-            tensors[f"{piece.name}@{piece.start}.{kind}"] = tensor.detach().contiguous().cpu()
-        pieces.append(
-            {
-                "name": piece.name,
-                "shape": list(piece.shape),
-                "start": piece.start,
-                "count": lengths.pop(),
-                "file": own,
-                "kinds": list(piece.tensors),
-            }
-        )
-    files[own] = _write(partial / own, to_bytes(tensors))
-    if rank == 0 and snapshot.shared:
-        shared = {name: t.detach().contiguous().cpu() for name, t in snapshot.shared.items()}
-        files["shared.safetensors"] = _write(partial / "shared.safetensors", to_bytes(shared))
-    return {"files": files, "pieces": pieces, "rank_state": snapshot.rank_state}
-
-
-def _manifest(snapshot: Snapshot, entries: list[dict[str, Any]], world_size: int) -> dict[str, Any]:
+    Raises:
+        CheckpointError: some elements of a tensor are in no piece, or in two.
+    """
     tensors: dict[str, Any] = {}
     for entry in entries:
         for piece in entry["pieces"]:
@@ -202,22 +101,6 @@ def _check_tiles(name: str, tensor: dict[str, Any]) -> None:
         end += piece["count"]
     if end != total:
         raise CheckpointError(f"{name}: {end} of {total} elements are in the checkpoint's pieces")
-
-
-def _write(path: Path, content: bytes) -> dict[str, Any]:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Published:

@@ -3,6 +3,7 @@
 Ranks divide the samples; all get the same connector, bit by bit.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,8 +32,13 @@ def start_connectors(
     topology: Topology,
     tracker: Tracker,
     folder: Path,
+    between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Start every connector from `connector.closed_form_samples` training samples; 0 does nothing."""
+    """Start every connector from `connector.closed_form_samples` training samples; 0 does nothing.
+
+    Args:
+        between: called as often on every rank, between passes of the encoder.
+    """
     wanted = config.connector.closed_form_samples
     if wanted == 0:
         return
@@ -46,8 +52,10 @@ def start_connectors(
         features, captions = [], []
         build, encoder = prepared.build, model.encoders[modality]
         own = range(topology.rank, wanted, topology.world_size)
-        with tracker.progress(f"start of {name}", len(own)) as show:
-            for start in range(0, len(own), TOGETHER):
+        most = -(-wanted // topology.world_size)  # the longest share: as many passes on every rank
+        with tracker.progress(f"start of {name}", most) as show:
+            for start in range(0, most, TOGETHER):
+                between()
                 pixels = []
                 for at in own[start : start + TOGETHER]:
                     try:
@@ -61,7 +69,7 @@ def start_connectors(
                 if pixels:
                     media = torch.stack(pixels).to(topology.device)
                     features.append(model.features(modality, media).float().mean(1).cpu())
-                show(min(start + TOGETHER, len(own)))
+                show(min(start + TOGETHER, most))
         embedding = model.lm.get_input_embeddings().weight
         targets = [embedding[ids.to(embedding.device)].float().mean(0).cpu() for ids in captions]
         feature_NF = torch.cat(features) if features else torch.zeros(0, encoder.feature_dim)

@@ -4,6 +4,7 @@ Each part is written to evaluation.json when it is known; a part that is there i
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def measure_text_before(run: Run, again: bool = False) -> None:
     began = time.perf_counter()
     run.tracker.say("held-out text on the base")
     model = stage_model(run, None)
-    result = text_loss(model, text_ids(run), run.ranks)
+    result = text_loss(model, text_ids(run), run.ranks, progress=leave_if_asked(run))
     record(run, text_before=result)
     took(run, "text before", began)
 
@@ -67,8 +68,20 @@ def measure_step0(run: Run, model: MultimodalMoE) -> None:
         return
     manifest = Manifest.load(path)
     items = load_items(manifest, "heldout", STEP0_ITEMS)
-    use = expert_use(model, run.prepared.build, items, text_ids(run)[:8], run.ranks)
+    use = expert_use(
+        model,
+        run.prepared.build,
+        items,
+        text_ids(run)[:8],
+        run.ranks,
+        progress=leave_if_asked(run),
+    )
     record(run, experts={"step0": use})
+
+
+def leave_if_asked(run: Run) -> Callable[[int, int], None]:
+    """A `progress` of analysis, called after every pass on all ranks: there a request to stop is heard."""
+    return lambda done, total: run.leave_if_asked()
 
 
 def last_model(run: Run) -> MultimodalMoE:
@@ -97,6 +110,7 @@ def evaluate_run(run: Run, model: MultimodalMoE, again: bool = False) -> None:
 
         def progress(what: str, done: int, total: int) -> None:
             show(done, what, total=total)
+            run.leave_if_asked()
 
         parts = evaluate(
             model,

@@ -21,6 +21,7 @@ from moe_ext.model.losses import balance_loss, router_kl, selection_counts, z_lo
 from moe_ext.model.multimodal import Output
 from moe_ext.training.audit import Audit
 from moe_ext.training.engine import Engine
+from moe_ext.training.publishing import Publisher
 from moe_ext.training.signals import StopFlag
 from moe_ext.training.tracking import Tracker
 
@@ -70,6 +71,7 @@ def train(
     stop: StopFlag,
     *,
     num_frozen: dict[int, int],
+    publisher: Publisher | None = None,
     audit: Audit | None = None,
     balance_choice: Callable[[dict[int, Tensor]], None] | None = None,
     log_every: int = 1,
@@ -80,7 +82,9 @@ def train(
     Every rank calls it with the same arguments but for the loader's share.
 
     Args:
-        save: publishes a checkpoint; called every `stage.checkpoint_every` steps and when stopping.
+        save: begins to publish a checkpoint; called every `stage.checkpoint_every` steps and when
+            stopping.
+        publisher: what `save` gives checkpoints to, which are written while training goes on.
         num_frozen: layer -> its frozen experts; ids from there on are new ones.
         audit: looks at the first steps of this start.
         balance_choice: called after every step with layer -> how often each expert was chosen.
@@ -89,6 +93,7 @@ def train(
     Raises:
         TooManyBadSteps: more than `stage.max_bad_steps` in a row.
         TooManyBadSamples: more than `data.bad_sample_budget`, on all ranks in the same step.
+        CheckpointError: some rank could not write, on all ranks at the same step.
     """
     device = engine.topology.device
     with_losses = balance_choice is not None or any(_coefficients(stage))
@@ -101,9 +106,11 @@ def train(
             for _ in range(stage.accumulation):
                 micro_batches.append(next(batches).to(device))
                 wait_s += loader.wait_s
-            sums = count_step(micro_batches, loader, stop.requested, wait_s, device)
+            sums = count_step(micro_batches, loader, stop.requested, wait_s, publisher, device)
             num_targets, num_tokens = sums.targets, sums.tokens
             check_bad_samples(loader, int(sums.new_skips))
+            if publisher is not None:
+                publisher.advance(sums.written)
 
             # Shares of the loss: over ranks and micro-batches they sum to the step's loss.
             choices: dict[int, Tensor] = {}
@@ -168,6 +175,8 @@ def train(
             if (due or sums.stop_votes) and not last:
                 save(position)
             if sums.stop_votes and not last:
+                if publisher is not None:
+                    publisher.wait()
                 tracker.say(f"[{name}] stopped on request after step {position.step}, published")
                 return False
     return True
@@ -188,6 +197,8 @@ class StepCounts:
     wait_s: float
     stop_votes: float
     """Ranks that were asked to stop."""
+    written: float
+    """Ranks that have done their share of the checkpoint under way."""
 
 
 def count_step(
@@ -195,6 +206,7 @@ def count_step(
     loader: Loader,
     stop_requested: bool,
     wait_s: float,
+    publisher: Publisher | None,
     device: torch.device,
 ) -> StepCounts:
     """A step's counts over all ranks. A collective."""
@@ -206,6 +218,7 @@ def count_step(
         truncated=loader.num_truncated,
         wait_s=wait_s,
         stop_votes=stop_requested,
+        written=publisher.vote if publisher is not None else 0.0,
     )
     return StepCounts(*sum_over_ranks([float(n) for n in astuple(own)], device))
 

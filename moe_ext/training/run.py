@@ -1,8 +1,9 @@
 """One start of a run: what its stages share, what makes its results comparable, what it reports."""
 
+import math
 import resource
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,22 @@ import torch.distributed as dist
 from moe_ext.analysis.reduce import Ranks as AnalysisRanks
 from moe_ext.config import TrainConfig
 from moe_ext.training.build import Prepared
-from moe_ext.training.checkpoint import Published, Snapshot, publish, published
+from moe_ext.training.checkpoint import Published, Snapshot, published
 from moe_ext.training.ownership import Claim
-from moe_ext.training.signals import StopFlag
+from moe_ext.training.publishing import Publisher
+from moe_ext.training.signals import StopFlag, StopRequested
 from moe_ext.training.topology import Topology
 from moe_ext.training.tracking import Tracker
 
 FREE = (
-    "num_workers", "bad_sample_budget", "verify_local",
+    "num_workers", "bad_sample_budget", "placement", "verify_local",
     "shard_cache", "shard_cache_bytes", "shards_ahead", "fetch_timeout_s", "fetch_tries",
 )  # fmt: skip
-"""Settings that change nothing about a result."""
+"""Settings that change nothing about a result, wherever they stand."""
+
+BATCH = ("sequences_per_rank", "accumulation")
+FREE_OF_STAGE = ("checkpoint_every", *BATCH)
+"""Of a stage: with another number of ranks, others of BATCH give the same steps (`check_batch`)."""
 
 
 @dataclass
@@ -36,6 +42,17 @@ class Run:
     claim: Claim
     """This start's right to write into the folder."""
     stop: StopFlag
+    publisher: Publisher = field(init=False)
+
+    def __post_init__(self) -> None:
+        t = self.topology
+        self.publisher = Publisher(
+            t.rank,
+            t.world_size,
+            token=self.claim.token,
+            before_write=self.claim.check,
+            device=t.device,
+        )
 
     @property
     def folder(self) -> Path:
@@ -54,16 +71,32 @@ class Run:
         found = [p for p in published(self.stage_folder(name)) if p.name == "result"]
         return found[0] if found else None
 
-    def publish(self, folder: Path, name: str, snapshot: Snapshot, keep: int | None = None) -> Path:
-        t = self.topology
-        return publish(folder, name, snapshot, t.rank, t.world_size, keep, self.claim.check)
+    def publish(self, folder: Path, name: str, snapshot: Snapshot) -> None:
+        """Publish and wait for it. A collective."""
+        self.publisher.start(folder, name, snapshot, copy=False)
+        self.publisher.wait()
+        self.publisher.release()
+
+    def leave_if_asked(self) -> None:
+        """Between pieces of work that are not training steps. A collective.
+
+        Raises:
+            StopRequested: some rank was asked to stop, on all ranks.
+        """
+        if self.stop.agreed(device=str(self.topology.device)):
+            self.publisher.wait()
+            raise StopRequested
 
     def identity(self, name: str) -> dict[str, Any]:
         """The settings that decide a stage's result; a published one must have been made with them."""
         whole = to_plain(asdict(self.config))
-        stage = {k: v for k, v in whole["stages"][name].items() if k != "checkpoint_every"}
+        stage = {k: v for k, v in whole["stages"][name].items() if k not in FREE_OF_STAGE}
         parts = ("seed", "base", "encoder", "connector", "extension", "data", "optim")
-        return {"stage": stage} | {part: without_free(whole[part]) for part in parts}
+        batch = {key: whole["stages"][name][key] for key in BATCH}
+        batch["ranks"] = self.topology.world_size
+        return {"stage": stage, "batch": batch} | {
+            part: without_free(whole[part]) for part in parts
+        }
 
 
 def without_free(part: Any) -> Any:
@@ -78,7 +111,8 @@ def check_identity(run: Run, name: str, source: Published) -> None:
         ValueError: naming the first setting that differs.
     """
     theirs = {part: without_free(value) for part, value in source.state["identity"].items()}
-    ours = run.identity(name)
+    ours = dict(run.identity(name))
+    check_batch(run, name, source, theirs.pop("batch"), ours.pop("batch"))
     if theirs == ours:
         return
     keys = [
@@ -92,6 +126,32 @@ def check_identity(run: Run, name: str, source: Published) -> None:
     raise ValueError(
         f"{source.folder} was made with other settings ({key} differs); use another name or run_dir, "
         f"restore the setting, or remove {run.folder}"
+    )
+
+
+def check_batch(
+    run: Run, name: str, source: Published, before: dict[str, int], now: dict[str, int]
+) -> None:
+    """On another number of ranks a step may keep its sequences, or each rank its own; nothing else.
+
+    Raises:
+        ValueError: a setting of the batch differs, and not because of the ranks.
+    """
+    was, is_ = math.prod(before.values()), math.prod(now.values())
+    if was == is_:
+        return
+    differs = [key for key in BATCH if before[key] != now[key]]
+    if differs or before["ranks"] == now["ranks"]:
+        key = differs[0]
+        raise ValueError(
+            f"{source.folder} was made with other settings (stages.{name}.{key}={before[key]} on "
+            f"{before['ranks']} ranks, {was} sequences a step; now {is_}): choose "
+            f"stages.{name}.sequences_per_rank and accumulation so that a step has {was} again, use "
+            f"another name or run_dir, or remove {run.folder}"
+        )
+    run.tracker.say(
+        f"[{name}] a step has {is_} sequences on {now['ranks']} ranks, it had {was} on "
+        f"{before['ranks']}; stages.{name}.accumulation or sequences_per_rank keep it"
     )
 
 

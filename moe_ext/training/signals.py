@@ -24,6 +24,10 @@ STOPPED_EXIT_CODE = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
+class StopRequested(Exception):
+    """Some rank was asked to stop between training steps; raised on all ranks at the same place."""
+
+
 class StopFlag:
     """Set by STOP_SIGNALS while the context is open; a second SIGINT interrupts at once.
 

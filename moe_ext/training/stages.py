@@ -16,14 +16,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from moe_ext.analysis.probe import load_plans, most_selected
 from moe_ext.config import StageConfig, StageKind, Trainable
-from moe_ext.data import merge_states
 from moe_ext.data.configured import open_loader
 from moe_ext.model.extend import (
     announce,
@@ -35,13 +32,14 @@ from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.training import resume
 from moe_ext.training.audit import Audit, check_result
 from moe_ext.training.build import build_model
-from moe_ext.training.checkpoint import Published, Snapshot, published
+from moe_ext.training.checkpoint import Published, Snapshot
 from moe_ext.training.closed_form import start_connectors
 from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter
 from moe_ext.training.held import formula_bytes, held_bytes
 from moe_ext.training.loop import Position, train
 from moe_ext.training.parts import FrozenWatch, Part, choose, parts_of, statics_of
 from moe_ext.training.run import Run, check_identity, peak_memory, status
+from moe_ext.training.saving import Saver, newest_checkpoint
 from moe_ext.training.surgery import PROBE_FILE, extend, measure_probe, write_probe
 
 
@@ -57,7 +55,11 @@ def run_chain(run: Run, at_step0: Callable[[Run, MultimodalMoE], None] | None = 
         if done is not None:
             check_identity(run, name, Published(done))
             run.tracker.say(f"[{name}] done before, result in {done}")
-        elif not run_stage(run, index, name, previous, at_step0):
+            remove_checkpoints(run, name)  # a start killed behind its result left them
+            previous = name
+            continue
+        run.leave_if_asked()
+        if not run_stage(run, index, name, previous, at_step0):
             return False
         gc.collect()  # engine and model hold each other: the next stage would double the memory
         previous = name
@@ -94,7 +96,17 @@ def run_stage(
             layer.router.add_delta()
     interrupted = newest_checkpoint(run, name)
     if interrupted is None and source is None and Trainable.connector in stage.train:
-        start_connectors(run.config, run.prepared, model, run.topology, run.tracker, run.folder)
+        start_connectors(
+            run.config,
+            run.prepared,
+            model,
+            run.topology,
+            run.tracker,
+            run.folder,
+            between=run.leave_if_asked,
+        )
+    if interrupted is not None:  # before the watch looks: what no optimizer has is frozen from here
+        resume.load_weights([], statics_of(model), interrupted)
     chosen = choose(model, stage.train)
     model.set_liveness()
     run.tracker.say(f"[{name}] {announce(model)}")
@@ -181,7 +193,7 @@ def train_stage(
     chosen: list[Part],
     engine: Engine,
     watch: FrozenWatch,
-    interrupted: Path | None,
+    interrupted: Published | None,
 ) -> tuple[bool, Position]:
     """The loop, with what it resumes from and what it publishes. (finished?, where it stands)"""
     config, topology = run.config, run.topology
@@ -196,45 +208,11 @@ def train_stage(
         cache_dir=config.cache_dir,
         stop_alone=False,
     )
-    position = Position()
-    if interrupted is not None:
-        checkpoint = Published(interrupted)
-        check_identity(run, name, checkpoint)
-        checkpoint.verify(topology.rank, topology.world_size)
-        resume.load_weights([], statics_of(model), checkpoint)
-        resume.restore_masters(engine, chosen, checkpoint, moments=True)
-        loader.load_state_dict(checkpoint.state["loader"])
-        position = Position(**checkpoint.state["position"])
-        states = checkpoint.manifest["rank_states"]
-        if topology.rank < len(states):
-            tensors = checkpoint.rank_tensors(topology.rank)
-            resume.restore_generators(tensors, states[topology.rank]["generators"])
-        run.tracker.say(f"[{name}] resumed from step {position.step} of {stage.steps}")
-        run.tracker.enter(name, checkpoint.state.get("tracking"))
-        run.tracker.event("resume", stage=name, step=position.step, ranks=topology.world_size)
-
+    saver = Saver(run, name, model, chosen, engine, loader)
+    position = saver.resume(interrupted) if interrupted is not None else Position()
     audit = Audit(name, stage.train, model, chosen, engine, watch)
+    saver.check = audit.checkpoint
     run.tracker.say(f"[{name}] {audit.summary}")
-
-    def save(at: Position) -> None:
-        audit.checkpoint()
-        pieces, adam_step = resume.pieces_of(engine, chosen)
-        loaders: list[Any] = [None] * topology.world_size
-        dist.all_gather_object(loaders, loader.state_dict())
-        tensors, generators = resume.generator_states()
-        state = {
-            "stage": name,
-            "position": asdict(at),
-            "adam_step": adam_step,
-            "loader": merge_states(loaders),
-            "identity": run.identity(name),
-            "tracking": run.tracker.state(),
-        }
-        snapshot = Snapshot(pieces, state, {"generators": generators}, tensors, statics_of(model))
-        folder = run.stage_folder(name) / "checkpoints"
-        run.publish(folder, f"step-{at.step:07d}", snapshot, keep=config.keep_checkpoints)
-        status(run, "running", name, at.step)
-
     run.tracker.enter(name)
     finished = train(
         name,
@@ -243,9 +221,10 @@ def train_stage(
         loader,
         run.tracker,
         position,
-        save,
+        saver,
         run.stop,
         num_frozen={i: layer.num_frozen for i, layer in extended_layers(model.lm).items()},
+        publisher=run.publisher,
         audit=audit,
         balance_choice=choice_balancer(model, config.extension.loss_free_rate),
         log_every=config.tracking.log_every,
@@ -259,6 +238,8 @@ def train_stage(
             f"first {audit.unmoved[0]}"
         )
         run.tracker.event("no_gradient", stage=name, tensors=audit.unmoved)
+    if finished and stage.kind is StageKind.probe and position.step:
+        saver(position)  # counting selections comes before the result, and may be stopped
     return finished, position
 
 
@@ -275,6 +256,12 @@ def choice_balancer(
             layers[index].router.balance_corrections(count_X, rate)
 
     return balance
+
+
+def remove_checkpoints(run: Run, name: str) -> None:
+    """Of a stage whose result is published."""
+    if run.topology.rank == 0:
+        shutil.rmtree(run.stage_folder(name) / "checkpoints", ignore_errors=True)
 
 
 def finish(
@@ -308,8 +295,7 @@ def finish(
     pieces += resume.pieces_at_rest(rest, topology.rank, topology.ep_size)
     state = {"stage": name, "identity": run.identity(name), "position": asdict(position)}
     run.publish(run.stage_folder(name), "result", Snapshot(pieces, state, shared=statics_of(model)))
-    if topology.rank == 0:
-        shutil.rmtree(run.stage_folder(name) / "checkpoints", ignore_errors=True)
+    remove_checkpoints(run, name)
     minutes = max(time.perf_counter() - began, position.elapsed_s) / 60
     encoders = sum(p.numel() for e in model.encoders.values() for p in e.parameters())
     run.tracker.stage(
@@ -349,12 +335,3 @@ def count(model: MultimodalMoE, chosen: list[Part]) -> tuple[int, int]:
     """(trainable, all) parameters of the whole model."""
     counts, trains = parameter_counts(model)
     return sum(trains.values()) if chosen else 0, sum(counts.values())
-
-
-def newest_checkpoint(run: Run, name: str) -> Path | None:
-    """The checkpoint to resume a stage from: rank 0's choice, for all ranks."""
-    found = published(run.stage_folder(name) / "checkpoints")
-    choice = [str(found[-1]) if found else ""]
-    if run.topology.world_size > 1:
-        dist.broadcast_object_list(choice, 0)
-    return Path(choice[0]) if choice[0] else None

@@ -47,6 +47,7 @@ def probe_batches(run: Run, stream: str, samples: int) -> Iterator[Batch]:
     loader.num_workers = 0
     batches = iter(loader)
     for _ in range(-(-samples // (together * topology.world_size))):
+        run.leave_if_asked()
         yield next(batches).to(topology.device)
     new_skips = sum_over_ranks([float(loader.num_new_skips)], topology.device)[0]
     check_bad_samples(loader, int(new_skips))

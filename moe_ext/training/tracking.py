@@ -26,22 +26,39 @@ LINE_EVERY_S = 10.0
 
 
 class JsonLines:
-    """Append-only records, each whole on its own line, flushed at once."""
+    """Append-only records, each whole on its own line, written at once.
 
-    def __init__(self, path: Path):
+    What a full disk refuses is kept and tried again with the next record: a checkpoint that cannot be
+    written ends the run, on all ranks and with a remedy; a line of this file does not.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None] = print):
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._path, self._say = path, say
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
+        # a killed run left half a line: end it, readers skip it
+        self._pending = b"\n" if torn else b""
+        self._refused = False
         self._lock = threading.Lock()  # the watchdog writes from a thread of its own
-        if torn:  # a killed run left half a line: end it, readers skip it
-            self._file.write("\n")
 
     def write(self, record: dict[str, Any]) -> None:
         with self._lock:
-            self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-            self._file.flush()
+            self._pending += json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) or 0 :]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self._say(f"{self._path} cannot be written now, its lines are kept: {error}")
+            self._refused = True
 
     def close(self) -> None:
+        self._flush()
         self._file.close()
 
 
@@ -54,6 +71,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def show_line(text: str) -> None:
+    """On the console, whose file may be on a full disk."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 class Progress:
@@ -102,14 +125,14 @@ class Progress:
         if done > self._first and done < self.total:
             seconds = (now - self._began) / (done - self._first) * (self.total - done)
             left = f", {int(seconds // 60)}:{int(seconds % 60):02d} left"
-        print(f"[{self.label}] {done}/{self.total}{left}  {note}".rstrip(), flush=True)
+        show_line(f"[{self.label}] {done}/{self.total}{left}  {note}".rstrip())
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            show_line(text)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -145,7 +168,7 @@ class Tracker:
         self._run_dir = run_dir
         if not self.active:
             return
-        self._lines = JsonLines(run_dir / METRICS_FILE)
+        self._lines = JsonLines(run_dir / METRICS_FILE, self.say)
         if settings.wandb:
             view = Wandb(
                 run_dir,
@@ -168,7 +191,7 @@ class Tracker:
         if self._progress is not None:
             self._progress.say(text)
         else:
-            print(text, flush=True)
+            show_line(text)
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:

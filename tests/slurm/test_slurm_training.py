@@ -68,5 +68,5 @@ def test_a_requeued_job_ends_with_the_same_losses(tmp_path: Path) -> None:
     status = read_status(tmp_path / "stopped")
     assert status is not None
     assert status.state == "finished"
-    assert len(losses(tmp_path, "straight")) == 60 + 3 + 6
+    assert len(losses(tmp_path, "straight")) == 60 + 3 + 13
     assert losses(tmp_path, "stopped") == losses(tmp_path, "straight")

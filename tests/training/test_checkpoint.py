@@ -18,11 +18,11 @@ from moe_ext.training.checkpoint import (
     Piece,
     Published,
     Snapshot,
-    publish,
     published,
 )
 from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter
 from moe_ext.training.parts import Part
+from moe_ext.training.publishing import publish
 from moe_ext.training.resume import pieces_at_rest, pieces_of, restore_masters
 from moe_ext.training.topology import Ranks, start
 from tests.ranks import run_ranks
@@ -216,7 +216,7 @@ def test_a_refused_rename_publishes_nothing(tmp_path):
         raise RuntimeError("a newer start owns the folder")
 
     with pytest.raises(CheckpointError, match="newer start"):
-        publish(tmp_path, "step-1", _snapshot(), before_rename=refuse)
+        publish(tmp_path, "step-1", _snapshot(), before_write=refuse)
     assert published(tmp_path) == []
 
 

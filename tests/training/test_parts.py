@@ -105,8 +105,43 @@ def test_a_frozen_gradient_is_noticed(model):
     assert "model.norm.weight received a gradient" in line
 
 
+def batch(sequences, accumulation, ranks):
+    return {"sequences_per_rank": sequences, "accumulation": accumulation, "ranks": ranks}
+
+
+@pytest.mark.parametrize(
+    ("now", "outcome"),
+    [
+        (batch(2, 1, 2), "silent"),
+        (batch(1, 2, 2), "silent"),
+        (batch(1, 1, 4), "silent"),
+        (batch(4, 1, 1), "silent"),
+        (batch(2, 1, 4), "said"),
+        (batch(2, 1, 1), "said"),
+        (batch(2, 2, 2), "refused"),
+        (batch(1, 1, 2), "refused"),
+        (batch(1, 1, 1), "refused"),
+    ],
+)
+def test_a_step_keeps_its_sequences_on_other_ranks_or_each_rank_its_own(tmp_path, now, outcome):
+    said = []
+    run = types.SimpleNamespace(
+        identity=lambda name: {"seed": 1, "batch": now},
+        folder=tmp_path,
+        tracker=types.SimpleNamespace(say=said.append),
+    )
+    state = {"identity": {"seed": 1, "batch": batch(2, 1, 2)}}
+    source = types.SimpleNamespace(state=state, folder=tmp_path / "result")
+    if outcome == "refused":
+        with pytest.raises(ValueError, match="so that a step has 4 again"):
+            check_identity(run, "tune", source)
+    else:
+        check_identity(run, "tune", source)
+    assert bool(said) == (outcome == "said")
+
+
 def test_a_result_of_other_settings_is_refused(tmp_path):
-    ours = {"stage": {"steps": 5}, "seed": 1, "optim": {"clip_norm": 1.0}}
+    ours = {"stage": {"steps": 5}, "seed": 1, "optim": {"clip_norm": 1.0}, "batch": batch(2, 1, 2)}
     run = types.SimpleNamespace(identity=lambda name: ours, folder=tmp_path)
 
     def source(theirs):
