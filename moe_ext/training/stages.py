@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moe_ext.analysis.probe import load_plans, most_selected
 from moe_ext.config import StageConfig, StageKind, Trainable
