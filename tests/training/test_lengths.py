@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from moe_ext.compose import CONF_DIR, load
 from moe_ext.config import to_yaml
@@ -13,6 +12,7 @@ from moe_ext.data.commands import main
 from moe_ext.training.build import prepare
 from moe_ext.training.topology import Ranks, Topology
 from tests.data.inputs import pair, png
+from tests.ranks import run_ranks
 from tests.training.tiny import make_inputs, overrides
 
 TURNS = [
@@ -54,15 +54,17 @@ def test_the_commands_lengths_are_the_trainers(folder, chat_template, tmp_path, 
     paths = [line for line in capsys.readouterr().out.splitlines() if "token lengths" in line]
     assert paths[0] == paths[1], "one by one they mean the same"
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    topology = Topology(Ranks(0, 1, 0, 1), torch.device("cpu"), 1, 0, None, 5.0)
-    try:
-        build = prepare(config, topology, lambda: folder / "base").build
-    finally:
-        dist.destroy_process_group()
-    lengths = Manifest.load(manifest).lengths(build.fingerprint)
-    raws = list(ShardStream(manifest, shuffle=False).epoch())
-    assert lengths.tolist() == [len(build(raw)) for raw in raws]
+    stored, built, shown = run_ranks(_as_the_trainer_builds, 1, folder, config)[0]
+    assert stored == built
     asked = chat_template == "true"
-    shown = build.tokenizer.decode(build(raws[0]).input_ids)
-    assert ("<|im_start|>user" in shown) == asked and max(lengths) == 150, "text was cut to it"
+    assert ("<|im_start|>user" in shown) == asked and max(stored) == 150, "text was cut to it"
+
+
+def _as_the_trainer_builds(folder, config):
+    """Lengths that the manifest knows, those of the samples, and the first sample as text."""
+    topology = Topology(Ranks(0, 1, 0, 1), torch.device("cpu"), 1, 0, None, 5.0)
+    build = prepare(config, topology, lambda: folder / "base").build
+    manifest = folder / "mine" / "shard.json"
+    raws = list(ShardStream(manifest, shuffle=False).epoch())
+    stored = Manifest.load(manifest).lengths(build.fingerprint).tolist()
+    return stored, [len(build(r)) for r in raws], build.tokenizer.decode(build(raws[0]).input_ids)
