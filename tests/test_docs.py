@@ -49,6 +49,7 @@ RUN_BY: dict[str, str] = {
     "moe-ext watch .*--once": (
         "tests/training/test_run_tracking.py::test_a_finished_run_can_be_watched"
     ),
+    "python -m moe_ext.sweep": "tests/slurm/test_submitit.py::test_a_sweep_of_two_is_stopped_requeued_and_finished",
     "moe-ext plan": "tests/planning/test_plan.py::test_the_command_prints_and_writes",
     "moe-ext watch": (
         "tests/jobs/test_watch.py::test_live_in_a_terminal_it_follows_the_run_to_its_end"

@@ -71,6 +71,7 @@ def compare(chaos: Chaos, name: str, reference: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_from_two_ranks_to_four_and_to_one(chaos: Chaos) -> None:
     stopped(chaos, "two", 2, *words(2, 2, 1))
     moved(chaos, "two", "two-four", 4, *words(4, 2, 2))

@@ -193,6 +193,7 @@ def _jobs(folder):
     return images
 
 
+@pytest.mark.slow
 def test_a_job_of_two_ranks_runs_the_encoder_once(tmp_path):
     """The whole chain on DeepSpeed; tune goes through its 32 samples three times and more."""
     make_inputs(tmp_path)

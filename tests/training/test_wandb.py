@@ -86,6 +86,7 @@ LIMIT_S = 40.0
 W&B's own defaults take 106 s at the start without a network, and for ever when the server hangs later."""
 
 
+@pytest.mark.slow
 def test_whatever_fails_the_loop_ends_in_time_and_the_record_is_whole(tmp_path: Path) -> None:
     with ExitStack() as stack:
         started, servers = {}, {}
