@@ -6,7 +6,7 @@ from typing import Any
 from moe_ext.analysis import charts, page
 from moe_ext.analysis.page import FROZEN, NEW, QUIET, percent
 from moe_ext.analysis.run_folder import Run
-from moe_ext.analysis.summary import peak_memory, stage_cells
+from moe_ext.analysis.summary import STAGE_COLUMNS, peak_memory, stage_cells
 
 LOSSES = {
     "nll": "loss a target token",
@@ -137,15 +137,6 @@ def stages(run: Run, summary: dict[str, Any]) -> str:
     memory = peak_memory(run)
     gib = f"{max(memory) / 2**30:.2f} GiB" if memory else ""
     rows.append(["together", "", f"{summary['training_minutes']:.1f}", "", gib, "", ""])
-    head = [
-        "stage",
-        "steps",
-        "minutes",
-        "tokens/s",
-        "peak memory a rank",
-        "tensors a rank (formula)",
-    ]
-    head.append("trainable parameters")
     lead = "Each stage builds a fresh engine and publishes its own checkpoint; the chain resumes where it stopped."
     tones = [""] * len(run.stages) + ["strong"]
-    return page.section("Stages", lead, page.panel("", page.table(head, rows, tones)))
+    return page.section("Stages", lead, page.panel("", page.table(STAGE_COLUMNS, rows, tones)))

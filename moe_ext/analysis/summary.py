@@ -112,15 +112,7 @@ def tables(run: Run) -> list[Table | Text]:
     if text := summary.get("text"):
         parts.append(_text_table(text))
     stages = Table(title="stages", title_justify="left", title_style="bold")
-    for name in (
-        "stage",
-        "steps",
-        "minutes",
-        "tokens/s",
-        "peak memory a rank",
-        "tensors a rank (formula)",
-        "trainable parameters",
-    ):
+    for name in STAGE_COLUMNS:
         stages.add_column(name, justify="left" if name == "stage" else "right")
     for stage in run.stages:
         stages.add_row(*stage_cells(stage))
@@ -181,6 +173,18 @@ def _text_table(text: dict[str, Any]) -> Table:
         verdict = "bit for bit the base" if text["unchanged"] else "CHANGED"
         table.add_row("text-only logits after training", "", verdict)
     return table
+
+
+STAGE_COLUMNS = (
+    "stage",
+    "steps",
+    "minutes",
+    "tokens/s",
+    "peak memory a rank",
+    "tensors a rank (formula)",
+    "trainable parameters",
+)
+"""Heads of the cells of `stage_cells`."""
 
 
 def stage_cells(stage: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Every placement that a model and a cluster allow, what each costs, and which one is best."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from moe_ext.config import (
@@ -158,7 +159,8 @@ def wire_of(subject: Subject, placed: Placed) -> tuple[float, float]:
     if not placed.exchanges:
         return 0.0, 0.0
     base, extension, work = subject.base, subject.extension, subject.work
-    plain = remote_ranks(
+    visited = partial(
+        remote_ranks,
         base.num_experts,
         base.top_k,
         placed.ep_size,
@@ -167,17 +169,9 @@ def wire_of(subject: Subject, placed: Placed) -> tuple[float, float]:
         groups=base.num_groups,
         kept=base.groups_kept,
     )
-    extended = remote_ranks(
-        base.num_experts,
-        base.top_k,
-        placed.ep_size,
-        num_hot=placed.num_hot,
-        num_new=extension.num_new,
-        new_placement=placed.new,
-        new_share=work.new_share,
-        frozen_placement=placed.frozen,
-        groups=base.num_groups,
-        kept=base.groups_kept,
+    plain = visited()
+    extended = visited(
+        num_new=extension.num_new, new_placement=placed.new, new_share=work.new_share
     )
     live_from = base.num_layers - work.live_layers
     rows = 0
