@@ -35,6 +35,8 @@ class Liveness:
     """Something below the layer trains."""
     weight: bool = True
     """Something below or in the layer's router trains."""
+    output: bool = True
+    """One of the above, or an expert trains that tokens travel to."""
 
 
 @dataclass
@@ -157,11 +159,10 @@ class Arriving:
     """Tokens on their way to this rank."""
 
     _inputs: tuple
-    anchor: Tensor | None
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
         """x (Q, D), logical expert ids (Q, S), -1 for another rank's, and weights (Q, S)."""
-        x_QD, weight_QS, expert_QS = _Arrive.apply(*self._inputs, self.anchor)
+        x_QD, weight_QS, expert_QS = _Arrive.apply(*self._inputs)
         return x_QD, expert_QS.to(torch.int64), weight_QS
 
 
@@ -183,12 +184,15 @@ def send(
     weight_PS = weight_TS[token_P] * owned_PS
     packed = _pack(weight_PS.detach(), x_TD.detach().index_select(0, token_P), expert_PS)
     flight = _Flight(packed, route.sent, route.received, route.group)
-    anchor = None
-    if torch.is_grad_enabled() and (liveness.input or liveness.weight):
-        anchor = x_TD.new_zeros(1).requires_grad_()
-    return Arriving((x_TD, weight_PS, flight, route, liveness.input), anchor)
+    anchor = _anchor(x_TD, liveness.input or liveness.weight)
+    return Arriving((x_TD, weight_PS, flight, route, liveness.input, anchor))
 
 
-def give_back(y_QD: Tensor, route: Route, anchor: Tensor | None) -> Tensor:
+def give_back(y_QD: Tensor, route: Route, liveness: Liveness) -> Tensor:
     """(T, D): the results of all ranks for this rank's tokens, summed by token; a collective."""
-    return _GiveBack.apply(y_QD, route, anchor)
+    return _GiveBack.apply(y_QD, route, _anchor(y_QD, liveness.output))
+
+
+def _anchor(like: Tensor, live: bool) -> Tensor | None:
+    """What puts a live exchange into the graph of a rank whose own rows need no gradient."""
+    return like.new_zeros(1).requires_grad_() if live and torch.is_grad_enabled() else None

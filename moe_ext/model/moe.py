@@ -72,6 +72,12 @@ class ExtendedMoE(nn.Module):
         """The frozen banks, then the new ones in the order of their logical ids."""
         return [*self.frozen_banks, *self.new.values()]  # type: ignore[list-item]
 
+    @property
+    def travelling(self) -> list[Bank]:
+        """The banks whose experts are spread over the group: tokens travel to them."""
+        alone = self.ep_group is None or self.ep_group.size() == 1
+        return [b for b in self.banks if not alone and b.placement is Placement.shard]
+
     def add_bank(self, name: str, bank: Bank, rows: NewRows) -> None:
         """Append an extension's experts; their logical ids follow all present ones.
 
@@ -134,9 +140,8 @@ class ExtendedMoE(nn.Module):
 
         What stays is computed while the tokens travel, and added when they are back.
         """
-        group = self.ep_group
-        stay = [b for b in self.banks if group is None or b.placement is Placement.replicate]
-        travel = [b for b in self.banks if b not in stay]
+        travel = self.travelling
+        stay = [bank for bank in self.banks if bank not in travel]
         if self.physical_of is not None:
             self.physical_of = self.physical_of.to(x_TD.device)
             physical_TS = self.physical_of[expert_TS.clamp(min=0)]
@@ -146,12 +151,12 @@ class ExtendedMoE(nn.Module):
         self.owner_of = self.owner_of.to(x_TD.device)
         owner_TS = self.owner_of[expert_TS.clamp(min=0)]
         owner_TS = owner_TS.masked_fill(expert_TS < 0, NO_EXPERT)
-        route = plan_route(expert_TS, owner_TS, group)
+        route = plan_route(expert_TS, owner_TS, self.ep_group)
         arriving = send(x_TD, expert_TS, weight_TS, owner_TS, route, self.liveness)
         stayed = [_chosen_rows(x_TD, expert_TS, weight_TS, bank) for bank in stay]
         x_QD, expert_QS, weight_QS = arriving.wait()
         y_QD = _sum_banks(x_QD, expert_QS, weight_QS, travel)
-        y_TD = give_back(y_QD, route, arriving.anchor)
+        y_TD = give_back(y_QD, route, self.liveness)
         for token_U, rows_UD in stayed:
             y_TD.index_add_(0, token_U, rows_UD)
         return y_TD

@@ -160,7 +160,9 @@ class MultimodalMoE(nn.Module):
         below |= any(p.requires_grad for p in self.lm.get_input_embeddings().parameters())
         for layer in extended_layers(self.lm).values():
             router = any(p.requires_grad for p in layer.router.parameters())
-            layer.liveness = Liveness(input=below, weight=below or router)
+            travels = any(p.requires_grad for bank in layer.travelling for p in bank.parameters())
+            weight = below or router
+            layer.liveness = Liveness(input=below, weight=weight, output=weight or travels)
             below |= router or any(p.requires_grad for p in layer.parameters())
 
     @torch.no_grad()

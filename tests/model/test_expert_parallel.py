@@ -90,7 +90,7 @@ def run_rank(placement_name: str) -> dict[str, dict[str, torch.Tensor]]:
     # nothing live: no backward at all
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
-    layer.liveness = Liveness(input=False, weight=False)
+    layer.liveness = Liveness(input=False, weight=False, output=False)
     layer.holder.context, hidden, grad = inputs("both", rank)
     assert not layer(hidden).requires_grad
     return results

@@ -43,19 +43,21 @@ def build(path, extended: bool, rank: int = 0, world: int = 1, group=None) -> Mu
     return model
 
 
-def add_vision(lm, rank: int, world: int, placement: Placement = Placement.replicate) -> None:
-    """Two new random experts in every sparse layer, equal on all ranks."""
+def add_vision(
+    lm, rank: int, world: int, placement: Placement = Placement.replicate, num_new: int = 2
+) -> None:
+    """New random experts in every sparse layer, equal on all ranks."""
     for index, layer in extended_layers(lm).items():
         generator = torch.Generator().manual_seed(index)
-        held = owners(2, world, placement)[rank]
-        bank = NewBank(layer.frozen.shape, held, 2, placement, dtype=torch.float32)
+        held = owners(num_new, world, placement)[rank]
+        bank = NewBank(layer.frozen.shape, held, num_new, placement, dtype=torch.float32)
         for name, size in bank.tensor_shapes().items():
-            values = torch.randn(2, *size[1:], generator=generator)
+            values = torch.randn(num_new, *size[1:], generator=generator)
             getattr(bank, name).data.copy_(0.3 * values[held])
-        dim, total = layer.frozen.shape.hidden_dim, layer.num_frozen + 2
+        dim, total = layer.frozen.shape.hidden_dim, layer.num_frozen + num_new
         rows = NewRows(
-            torch.randn(2, dim, generator=generator),
-            torch.zeros(2),
+            torch.randn(num_new, dim, generator=generator),
+            torch.zeros(num_new),
             Scope.preserve,
             (1,),
             Calibration(CalibrationKind.mlp_add, total, dtype=torch.float32, seed=index),
@@ -203,6 +205,36 @@ def test_placeholders_must_match_the_images(tiny):
     batch.media[1] = batch.media[1][:1]
     with pytest.raises(ValueError, match=r"6 placeholders of modality image but 1 items"):
         build(tiny, True)(batch)
+
+
+def expert_gradients(path) -> dict[tuple[Placement, str], torch.Tensor]:
+    """Of a stage that trains nothing but one new expert a layer; over all ranks' batches."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    found = {}
+    for placement in Placement:
+        model = build(path, False, rank, world, dist.group.WORLD if world > 1 else None)
+        add_vision(model.lm, rank, world, placement, num_new=1)
+        model.requires_grad_(False)
+        for layer in extended_layers(model.lm).values():
+            layer.new.requires_grad_(True)
+        model.set_liveness()
+        for samples in (MIXED, MIXED[1:])[rank : 2 if world == 1 else rank + 1]:
+            model(batch_of(samples)).nll_sum.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found |= {(placement, name): grad for name, grad in grads.items()}
+    return found
+
+
+def test_experts_train_alone(tiny):
+    """Nothing else is live, and rank 1 holds no new expert where they are sharded."""
+    alone = expert_gradients(tiny)
+    first, second = run_ranks(expert_gradients, 2, tiny)
+    assert {placement for placement, _ in second} == {Placement.replicate}
+    for key, expected in alone.items():
+        assert float(expected.abs().max()) > 0, key
+        whole = first[key] + second.get(key, 0)
+        torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-6)
 
 
 def checkpointed_gradients(path, activation_checkpointing: bool) -> dict[str, torch.Tensor]:
