@@ -94,7 +94,13 @@ def _pack(*columns: Tensor) -> Tensor:
     Wider elements come first: a column's first byte is then a multiple of its element size, which
     `_unpack` needs when there is a single row.
     """
-    return torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1)
+
+    def bytes_of(column: Tensor) -> Tensor:
+        # flat first: a tensor of one column may have any stride, and bytes are read off neighbours
+        width = column.shape[1] * column.element_size()
+        return column.reshape(-1).view(torch.uint8).view(column.shape[0], width)
+
+    return torch.cat([bytes_of(column) for column in columns], dim=1)
 
 
 def _unpack(packed: Tensor, *columns: tuple[int, torch.dtype]) -> list[Tensor]:

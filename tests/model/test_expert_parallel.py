@@ -1,6 +1,7 @@
-"""Two ranks give what one rank gives: output and every gradient, for both placements."""
+"""Several ranks give what one rank gives: output and every gradient, for both placements."""
 
-import pytest
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
@@ -11,102 +12,102 @@ from moe_ext.model.routing import RoutingRule
 from tests.model.layers import DIM, Weights, build, sequences
 from tests.ranks import run_ranks
 
-RULE = RoutingRule(top_k=2)
-NUM_FROZEN, NUM_NEW, LENGTH = 5, 2, 8  # 5 frozen, and 7 in all, on two ranks: neither divides
-SITUATIONS = {
-    # name: (sequences of rank 0 and of rank 1, images on rank 0 and on rank 1, scope)
-    "both": ((3, 3), (True, True), Scope.preserve),
-    "no_image_on_rank_1": ((3, 3), (True, False), Scope.preserve),
-    "no_new_expert_on_rank_1": ((2, 4), (True, False), Scope.modality),
-    "nothing_on_rank_1": ((3, 0), (True, True), Scope.joint),
-    "padding_only_on_rank_0": ((2, 3), (True, True), Scope.joint),
+LENGTH = 8
+
+
+@dataclass
+class Case:
+    """One layer, and what each rank's batch is."""
+
+    sequences: tuple[int, ...]
+    """Of every rank."""
+    images: tuple[bool, ...] = (True, True, True)
+    """Whether a rank has any."""
+    scope: Scope = Scope.joint
+    num_frozen: int = 5
+    num_new: int = 2
+    top_k: int = 2
+    hot: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    """Ranks that have nothing but padding."""
+
+
+# 5 frozen experts, and 7 in all, on two ranks: neither divides
+TWO_RANKS = {
+    "both": Case((3, 3), scope=Scope.preserve),
+    "no_image_on_rank_1": Case((3, 3), (True, False), Scope.preserve),
+    "no_new_expert_on_rank_1": Case((2, 4), (True, False), Scope.modality),
+    "nothing_on_rank_1": Case((3, 0)),
+    "padding_only_on_rank_0": Case((2, 3), padding=(0,)),
+    "top_1": Case((3, 3), top_k=1),
+    "top_1_nothing_on_rank_1": Case((3, 0), top_k=1),
+}
+THREE_RANKS = {
+    "fewer_new_experts_than_ranks": Case((3, 0, 2), num_new=2),
+    "one_new_expert": Case((2, 2, 2), (True, False, True), Scope.preserve, num_new=1),
+    "fewer_frozen_experts_than_ranks": Case((2, 3, 2), num_frozen=2, num_new=1, top_k=1),
+    "hot": Case((3, 2, 3), num_frozen=7, num_new=4, top_k=3, hot=(0, 6), padding=(1,)),
+    "one_cold": Case((2, 2, 2), num_frozen=4, num_new=2, hot=(0, 1, 3)),
 }
 
 
-def inputs(name: str, rank: int) -> tuple[RoutingContext, torch.Tensor, torch.Tensor]:
+def inputs(case: Case, rank: int) -> tuple[RoutingContext, torch.Tensor, torch.Tensor]:
     """The context, hidden states and output gradient of one rank."""
-    counts, images, _ = SITUATIONS[name]
-    context = sequences(max(counts[rank], 1), LENGTH, seed=10 + rank, images=images[rank])
-    if name == "padding_only_on_rank_0" and rank == 0:
+    count = case.sequences[rank]
+    context = sequences(max(count, 1), LENGTH, seed=10 + rank, images=case.images[rank])
+    if rank in case.padding:
         context.segment_BS.zero_()
-    context = RoutingContext(
-        context.modality_BS[: counts[rank]], context.segment_BS[: counts[rank]]
-    )
+    context = RoutingContext(context.modality_BS[:count], context.segment_BS[:count])
     generator = torch.Generator().manual_seed(20 + rank)
-    shape = (counts[rank], LENGTH, DIM)
-    hidden, grad = torch.randn(2, *shape, generator=generator).unbind(0)
+    hidden, grad = torch.randn(2, count, LENGTH, DIM, generator=generator).unbind(0)
     return context, hidden, grad
 
 
-def gradients(layer, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+def layer_of(case: Case, placement: Placement = Placement.replicate, alone: bool = True):
+    """The layer as this rank holds it, or whole."""
+    here = {} if alone else {"rank": dist.get_rank(), "world": dist.get_world_size(),
+                             "group": dist.group.WORLD, "hot": case.hot}  # fmt: skip
+    # one chosen score divided by itself would be 1, and the router without a gradient
+    rule = RoutingRule(case.top_k, renormalise=case.top_k > 1)
+    weights = Weights(case.num_frozen, case.num_new)
+    return build(weights, rule, scope=case.scope, placement=placement, **here)
+
+
+def passed(layer, case: Case, rank: int) -> dict[str, torch.Tensor]:
+    """Output and gradients, the parameters' added to those of passes before."""
+    layer.holder.context, hidden, grad = inputs(case, rank)
+    x = hidden.requires_grad_()
+    y = layer(x)
+    y.backward(grad)
     found = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
     return found | {"input": x.grad.clone(), "output": y.detach()}
 
 
-def run_one(name: str) -> list[dict[str, torch.Tensor]]:
-    """Both ranks' batches on one rank without a group, gradients added up."""
-    layer = build(Weights(NUM_FROZEN, NUM_NEW), RULE, scope=SITUATIONS[name][2])
-    results = []
-    for rank in range(2):
-        context, hidden, grad = inputs(name, rank)
-        layer.holder.context = context
-        x = hidden.requires_grad_()
-        y = layer(x)
-        y.backward(grad)
-        results.append(gradients(layer, x, y))
-    return results
+def run_one(case: Case) -> list[dict[str, torch.Tensor]]:
+    """All ranks' batches on one rank without a group, gradients added up."""
+    layer = layer_of(case)
+    return [passed(layer, case, rank) for rank in range(len(case.sequences))]
 
 
-def run_rank(placement_name: str) -> dict[str, dict[str, torch.Tensor]]:
-    """One of two ranks: every situation; a rank without images has an input that needs no gradient."""
-    rank, group = dist.get_rank(), dist.group.WORLD
-    results = {}
-    for name, (_, _images, scope) in SITUATIONS.items():
-        layer = build(
-            Weights(NUM_FROZEN, NUM_NEW), RULE, scope=scope,
-            placement=Placement(placement_name), group=group, rank=rank, world=2,
-        )  # fmt: skip
-        context, hidden, grad = inputs(name, rank)
-        layer.holder.context = context
-        x = hidden.requires_grad_()
-        y = layer(x)
-        y.backward(grad)
-        results[name] = gradients(layer, x, y)
-    # the frozen trunk: rank 1's input needs no gradient, rank 0's does; nothing may hang
-    layer = build(
-        Weights(NUM_FROZEN, NUM_NEW), RULE, placement=Placement(placement_name),
-        group=group, rank=rank, world=2,
-    )  # fmt: skip
-    layer.holder.context, hidden, grad = inputs("no_image_on_rank_1", rank)
-    x = hidden.requires_grad_(rank == 0)
-    layer(x).backward(grad)
-    # not live below: the router and the experts train, no gradient of the input travels
-    for parameter in layer.parameters():
-        parameter.grad = None
-    layer.liveness = Liveness(input=False, weight=True)
-    layer.holder.context, hidden, grad = inputs("both", rank)
-    layer(hidden).backward(grad)
-    results["not_live_below"] = {n: p.grad.clone() for n, p in layer.named_parameters()}
-    # nothing live: no backward at all
-    for parameter in layer.parameters():
-        parameter.requires_grad_(False)
-    layer.liveness = Liveness(input=False, weight=False, output=False)
-    layer.holder.context, hidden, grad = inputs("both", rank)
-    assert not layer(hidden).requires_grad
-    return results
+def run_cases(cases: dict[str, Case]) -> dict[tuple[str, Placement], dict[str, torch.Tensor]]:
+    """One of several ranks: every case in both placements."""
+    return {
+        (name, placement): passed(layer_of(case, placement, alone=False), case, dist.get_rank())
+        for name, case in cases.items()
+        for placement in Placement
+    }
 
 
-@pytest.mark.parametrize("placement", list(Placement), ids=lambda p: p.value)
-def test_two_ranks_are_one(placement):
-    ranks = run_ranks(run_rank, 2, placement.value)
-    for name in SITUATIONS:
-        alone = run_one(name)
-        for rank in range(2):
-            for key in ("output", "input"):
-                compare(ranks[rank][name][key], alone[rank][key], f"{name} {key} rank {rank}")
-        compare_parameters([r[name] for r in ranks], alone[1], name, placement)
-    alone = run_one("both")
-    compare_parameters([r["not_live_below"] for r in ranks], alone[1], "not live", placement)
+def check(ranks: list[dict], cases: dict[str, Case]) -> None:
+    for name, case in cases.items():
+        alone = run_one(case)
+        for placement in Placement:
+            what = f"{name} {placement.value}"
+            theirs = [found[name, placement] for found in ranks]
+            for rank, found in enumerate(theirs):
+                for key in ("output", "input"):
+                    compare(found[key], alone[rank][key], f"{what} {key} rank {rank}")
+            compare_parameters(theirs, alone[-1], what, placement)
 
 
 def compare_parameters(ranks, alone, name: str, placement: Placement) -> None:
@@ -114,12 +115,9 @@ def compare_parameters(ranks, alone, name: str, placement: Placement) -> None:
     for key, expected in alone.items():
         if key in ("input", "output"):
             continue
-        parts = [r[key] for r in ranks]
-        if placement is Placement.shard and key.startswith("new."):
-            actual = torch.cat(parts)
-        else:
-            actual = parts[0] + parts[1]
-        compare(actual, expected, f"{name} {key}")
+        parts = [found[key] for found in ranks if key in found]
+        sharded = placement is Placement.shard and key.startswith("new.")
+        compare(torch.cat(parts) if sharded else sum(parts), expected, f"{name} {key}")
 
 
 def compare(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -127,3 +125,41 @@ def compare(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     if actual.numel():
         scale = max(float(expected.abs().max()), 1e-3)
         assert float((actual - expected).abs().max()) < 1e-5 * scale, what
+
+
+def run_rank() -> dict:
+    """One of two ranks: every case, and layers of which only a part is live."""
+    rank, case = dist.get_rank(), TWO_RANKS["both"]
+    results = run_cases(TWO_RANKS)
+    for placement in Placement:
+        # the frozen trunk: rank 1's input needs no gradient, rank 0's does; nothing may hang
+        layer = layer_of(case, placement, alone=False)
+        layer.holder.context, hidden, grad = inputs(TWO_RANKS["no_image_on_rank_1"], rank)
+        x = hidden.requires_grad_(rank == 0)
+        layer(x).backward(grad)
+        # not live below: the router and the experts train, no gradient of the input travels
+        layer.zero_grad()
+        layer.liveness = Liveness(input=False, weight=True)
+        layer.holder.context, hidden, grad = inputs(case, rank)
+        layer(hidden).backward(grad)
+        grads = {name: p.grad.clone() for name, p in layer.named_parameters()}
+        results["not_live_below", placement] = grads
+        # nothing live: no backward at all
+        layer.requires_grad_(False)
+        layer.liveness = Liveness(input=False, weight=False, output=False)
+        layer.holder.context, hidden, grad = inputs(case, rank)
+        assert not layer(hidden).requires_grad
+    return results
+
+
+def test_two_ranks_are_one():
+    ranks = run_ranks(run_rank, 2)
+    check(ranks, TWO_RANKS)
+    alone = run_one(TWO_RANKS["both"])[-1]
+    for placement in Placement:
+        theirs = [found["not_live_below", placement] for found in ranks]
+        compare_parameters(theirs, alone, "not live", placement)
+
+
+def test_three_ranks_are_one():
+    check(run_ranks(run_cases, 3, THREE_RANKS), THREE_RANKS)
