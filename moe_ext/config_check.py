@@ -179,6 +179,12 @@ def _check_extension(config: TrainConfig) -> None:
             f"{extension.source_expert} names one for extension.num_new_experts={extension.num_new_experts}; "
             "use source_expert=-1 or row_init=clone"
         )
+    if shared and extension.loss_free_rate > 0:
+        raise ValueError(
+            f"extension.loss_free_rate={extension.loss_free_rate} has nothing to move with "
+            "extension.row_init=clone_shared, where a clone is chosen with its source's slot; use "
+            "loss_free_rate=0, or row_init=clone"
+        )
     if len(set(extension.layers)) != len(extension.layers) or any(i < 0 for i in extension.layers):
         raise ValueError(
             f"extension.layers={extension.layers} must be different decoder layers, counted from 0"

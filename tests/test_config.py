@@ -89,6 +89,10 @@ def test_values_arrive_typed():
             ],
             "gives a source one clone",
         ),
+        (
+            ["extension.row_init=clone_shared", "extension.loss_free_rate=0.01"],
+            "loss_free_rate=0.01 has nothing to move",
+        ),
         (["parallel.zero_stage=0"], "zero_stage=0 with optim.clip_norm=1.0 is refused"),
         (["chain=[align,tune]"], "no stage of kind extend before tune"),
         (["chain=[align,extend,tune]"], "without a probe before it"),

@@ -276,14 +276,6 @@ def _check(
                 f"layer {plan.layer}: sources {wrong} are no frozen experts; "
                 f"they are numbered 0 to {block.num_frozen - 1}"
             )
-        if settings.row_init is RowInit.clone_shared:
-            rows = [r for r in block.router.rows.values() if isinstance(r, NewRows)]
-            taken = {source for r in rows for source in r.shared_with}
-            if taken & set(plan.sources):
-                raise ValueError(
-                    f"extension.row_init=clone_shared: layer {plan.layer} already shares the slots "
-                    f"of experts {sorted(taken & set(plan.sources))}; choose other sources or clone"
-                )
         if settings.row_init is RowInit.domain and plan.layer not in (modality_rows or {}):
             raise ValueError(
                 f"extension.row_init=domain needs the mean router input of layer {plan.layer}; "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_ext.model.context import LayerRecord, RoutingContext
 from moe_ext.model.experts import NO_EXPERT
+from moe_ext.model.shared_slots import merge_shared
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Router(nn.Module):
         if not self.rows:
             prob_TE = _probabilities(self.rule, logits_TE)
             chosen_TK = earlier.base_expert_TK if earlier else self._choose(prob_TE, logits_TE)
-            weight_TK = _weights(self.rule, prob_TE, prob_TE, logits_TE, chosen_TK)
+            weight_TK = _base_weights(self.rule, prob_TE, logits_TE, chosen_TK)
             expert_TS = chosen_TK.masked_fill(~valid_T.unsqueeze(1), NO_EXPERT)
             record = LayerRecord(expert_TS, self.num_frozen, base_expert_TK=chosen_TK)
             self._record_losses(record, prob_TE, logits_TE, None, valid_T, context)
@@ -120,6 +121,9 @@ class Router(nn.Module):
         )
         if corrected:
             choice_TX = choice_TX + self._correction(choice_TX)
+        if choice_TX.shape[1] > num_frozen:
+            # closed to the token, or without a slot of its own: no correction may open it
+            choice_TX = choice_TX.masked_fill(logits_TX.isneginf(), float("-inf"))
         if rule.num_groups > 1:
             frozen_TE, new_TN = choice_TX.split([num_frozen, choice_TX.shape[1] - num_frozen], 1)
             grouped = frozen_TE.reshape(frozen_TE.shape[0], rule.num_groups, -1)
@@ -159,26 +163,24 @@ class Router(nn.Module):
 
     def _extended(self, x_TD, logits_TE, context, layer_index, earlier) -> Routing:
         """Base routing for tokens that may choose no new expert, extended routing for the others."""
-        rule, num_frozen = self.rule, self.num_frozen
+        rule = self.rule
         prob_TE = _probabilities(rule, logits_TE)
         valid_T = context.valid_T
         base_TK = earlier.base_expert_TK if earlier else self._choose(prob_TE, logits_TE)
-        base_weight_TK = _weights(rule, prob_TE, prob_TE, logits_TE, base_TK)
+        base_weight_TK = _base_weights(rule, prob_TE, logits_TE, base_TK)
 
-        blocks, shared, first = [], [], num_frozen
-        extended_T = torch.zeros_like(valid_T)
+        blocks, extended_T = [], torch.zeros_like(valid_T)
         for rows in self.rows.values():
             allowed_T = context.allowed_T(rows.scope, rows.modalities)
             extended_T = extended_T | allowed_T
-            block = rows.logits(x_TD).masked_fill(~allowed_T.unsqueeze(1), float("-inf"))
-            shared += [(source, first + i) for i, source in enumerate(rows.shared_with)]
-            first += block.shape[1]
-            blocks.append(block)
-        logits_TX = torch.cat([logits_TE, *blocks], 1)
-        routed_TX, shared_share = _merge_shared(logits_TX, shared)
+            blocks.append(rows.logits(x_TD).masked_fill(~allowed_T.unsqueeze(1), float("-inf")))
+        sources = [rows.shared_with for rows in self.rows.values()]
+        shared = merge_shared(logits_TE, blocks, sources) if any(sources) else None
+        routed_TX = torch.cat([logits_TE, *blocks], 1) if shared is None else shared.logits_TX
         prob_TX = _probabilities(rule, routed_TX)
         chosen_TS = self._choose(prob_TX, routed_TX)
-        prob_TX, chosen_TS = _split_shared(prob_TX, chosen_TS, shared, shared_share)
+        if shared is not None:
+            prob_TX, chosen_TS = shared.divide(prob_TX, chosen_TS)
 
         pad_S = chosen_TS.shape[1] - base_TK.shape[1]
         base_TS = F.pad(base_TK, (0, pad_S), value=NO_EXPERT)
@@ -186,14 +188,14 @@ class Router(nn.Module):
         expert_TS = expert_TS.masked_fill(~valid_T.unsqueeze(1), NO_EXPERT)
         if earlier is not None:
             expert_TS = earlier.expert_TS
-        record = LayerRecord(expert_TS, first, base_expert_TK=base_TK)
+        record = LayerRecord(expert_TS, routed_TX.shape[1], base_expert_TK=base_TK)
         counted_T = extended_T & valid_T
         # routed_TX: a clone that shares its source's slot is no divergence at step 0
         self._record_losses(record, prob_TX, routed_TX, logits_TE, counted_T, context)
         context.records.setdefault(layer_index, record)
 
         calibrated_TX = self._calibrate(prob_TX, context)
-        weight_TS = _weights(rule, prob_TX, calibrated_TX, logits_TX, expert_TS)
+        weight_TS = _weights(rule, prob_TX, calibrated_TX, expert_TS)
         base_weight_TS = F.pad(base_weight_TK, (0, pad_S))
         weight_TS = torch.where(extended_T.unsqueeze(1), weight_TS, base_weight_TS)
         return Routing(expert_TS, weight_TS.masked_fill(expert_TS < 0, 0.0))
@@ -238,7 +240,14 @@ def _probabilities(rule: RoutingRule, logits_TX: Tensor) -> Tensor:
     return logits_TX.sigmoid() if rule.score == "sigmoid" else logits_TX.softmax(-1)
 
 
-def _weights(rule, prob_TX, calibrated_TX, logits_TX, expert_TS) -> Tensor:
+def _base_weights(rule: RoutingRule, prob_TE: Tensor, logits_TE: Tensor, expert_TK: Tensor):
+    """(T, K) fp32 weights of experts that the frozen rows chose, as transformers rounds them."""
+    if rule.score == "topk_softmax":
+        return logits_TE.gather(1, expert_TK).softmax(-1) * rule.scale
+    return _weights(rule, prob_TE, prob_TE, expert_TK)
+
+
+def _weights(rule: RoutingRule, prob_TX: Tensor, calibrated_TX: Tensor, expert_TS: Tensor):
     """(T, S) fp32 weights of the chosen experts.
 
     Calibration can push a sum to zero or below. The divisor is therefore never less than half of
@@ -246,50 +255,10 @@ def _weights(rule, prob_TX, calibrated_TX, logits_TX, expert_TS) -> Tensor:
     """
     slot_TS = expert_TS.clamp(min=0)
     empty_TS = expert_TS < 0
-    chosen_TS = prob_TX.gather(1, slot_TS).masked_fill(empty_TS, 0.0)
-    if calibrated_TX is prob_TX and rule.score == "topk_softmax":
-        chosen_logits = logits_TX.gather(1, slot_TS).masked_fill(empty_TS, float("-inf"))
-        return chosen_logits.softmax(-1).nan_to_num(0.0) * rule.scale
     weight_TS = calibrated_TX.gather(1, slot_TS).masked_fill(empty_TS, 0.0)
     if rule.renormalise or rule.score == "topk_softmax":
+        chosen_TS = prob_TX.gather(1, slot_TS).masked_fill(empty_TS, 0.0)
         floor = 0.5 * chosen_TS.sum(1, keepdim=True)
         total = torch.maximum(weight_TS.sum(1, keepdim=True), floor)
         weight_TS = weight_TS / (total + rule.eps).clamp_min(1e-20)
     return weight_TS * rule.scale
-
-
-def _merge_shared(logits_TX: Tensor, shared: list[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
-    """Logits in which a clone and its source compete as one, and the clone's share of the pair.
-
-    The pair's logit is the mean in probability, logaddexp - log 2: equal rows leave it unchanged,
-    so step 0 is the base's function; a row that grows makes the pair likelier.
-    """
-    if not shared:
-        return logits_TX, None
-    sources, clones = (list(ids) for ids in zip(*shared, strict=True))
-    source_TC, clone_TC = logits_TX[:, sources], logits_TX[:, clones]
-    pair_TC = torch.logaddexp(source_TC, clone_TC) - torch.log(source_TC.new_tensor(2.0))
-    # where the clone is not allowed its logit is -inf and the pair is the source alone
-    alone_TC = clone_TC.isneginf()
-    pair_TC = torch.where(alone_TC, source_TC, pair_TC)
-    merged = logits_TX.clone()
-    merged[:, sources] = pair_TC
-    merged[:, clones] = float("-inf")
-    share_TC = torch.sigmoid(torch.where(alone_TC, -1e4, clone_TC - source_TC))
-    return merged, share_TC
-
-
-def _split_shared(prob_TX, chosen_TK, shared, share_TC) -> tuple[Tensor, Tensor]:
-    """Probabilities with every pair's divided between source and clone, and the clones' own slots."""
-    if not shared:
-        return prob_TX, chosen_TK
-    sources, clones = (list(ids) for ids in zip(*shared, strict=True))
-    pair_TC = prob_TX[:, sources]
-    split = prob_TX.clone()
-    split[:, clones] = pair_TC * share_TC
-    split[:, sources] = pair_TC * (1 - share_TC)
-    source_C = chosen_TK.new_tensor(sources)
-    clone_C = chosen_TK.new_tensor(clones)
-    picked_TC = (chosen_TK.unsqueeze(2) == source_C).any(1)
-    clone_TC = torch.where(picked_TC, clone_C, NO_EXPERT)
-    return split, torch.cat([chosen_TK, clone_TC], 1)

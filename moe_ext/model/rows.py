@@ -66,8 +66,8 @@ class NewRows(nn.Module):
         self.register_buffer("correction", correction_N, persistent=False)
         if len(set(self.shared_with)) < len(self.shared_with):
             raise ValueError(
-                f"extension.row_init=clone_shared got sources {self.shared_with} in one layer; a "
-                "source shares its slot with one clone: name different sources or use clone"
+                f"extension.row_init=clone_shared got sources {self.shared_with} in one layer; a source "
+                "shares its slot with one clone of an extension: name different sources or use clone"
             )
 
     def logits(self, x_TD: Tensor) -> Tensor:

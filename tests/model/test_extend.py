@@ -168,14 +168,20 @@ def test_two_extensions_trained_apart_load_together(base):
     assert extension_state(both).keys() == states["sound"].keys()
 
 
-def test_clone_shared_computes_the_base_at_step_0(base):
-    lm = load_base(base, dtype=torch.float32)
+@pytest.mark.parametrize("calibration", [CalibrationKind.none, CalibrationKind.mlp_add])
+def test_clone_shared_computes_the_base_at_step_0(any_base, calibration):
+    """One extension, and a second one with a clone of the same source."""
+    lm = load_base(any_base, dtype=torch.float32)
     expected = _logits(lm)
-    add_extension(lm, base, "vision", _plans(lm), _settings(row_init=RowInit.clone_shared), seed=3)
-    # a plan's bias would shift the clone's share of the slot; at zero the pair is the source
-    for block in extended_layers(lm).values():
-        block.router.rows["vision"].bias.data.zero_()
-    torch.testing.assert_close(_logits(lm), expected, rtol=0, atol=1e-5)
+    settings = _settings(row_init=RowInit.clone_shared, calibration=calibration)
+    for name, sources in (("vision", [1, 3]), ("sound", [3, 2])):
+        # a bias would shift the clone's share of the slot
+        plans = [LayerPlan(layer, 2, sources) for layer in extended_layers(lm)]
+        add_extension(lm, any_base, name, plans, settings, seed=3)
+        worst = (_logits(lm) - expected).abs().max()
+        assert worst < 1e-5 * expected.abs().max(), name
+        records = lm.context_holder.context.records.values()
+        assert any((record.expert_TS[:, -1] >= 0).any() for record in records), "no clone shares"
 
 
 def test_a_clone_competes_like_its_source_where_the_base_corrects_the_choice(tmp_path):
