@@ -142,9 +142,10 @@ def attach_extension(
             correction = correction[plan.sources].clone()
         elif learns:
             correction = torch.zeros(plan.num_new, device=device)
+        row_dtype = block.router.frozen_weight.dtype  # fp32 in Ernie: a clone is its source
         rows = NewRows(
-            torch.zeros(plan.num_new, shape.hidden_dim, dtype=info.dtype, device=device),
-            torch.zeros(plan.num_new, dtype=info.dtype, device=device),
+            torch.zeros(plan.num_new, shape.hidden_dim, dtype=row_dtype, device=device),
+            torch.zeros(plan.num_new, dtype=row_dtype, device=device),
             settings.scope,
             modalities,
             calibration,

@@ -39,7 +39,7 @@ class RoutingRule:
     masked_score: float = float("-inf")
     """Choice score of the experts of the other groups."""
     fp32_logits: bool = False
-    """Multiply the rows in fp32 rather than in the model's dtype."""
+    """Multiply all rows, new ones too, in fp32 rather than in the model's dtype."""
 
 
 @dataclass
@@ -87,6 +87,8 @@ class Router(nn.Module):
         backward: the ids are taken from it, since a near tie may choose otherwise the second time.
         """
         earlier = context.records.get(layer_index)
+        if self.rule.fp32_logits:
+            x_TD = x_TD.float()
         logits_TE = self._frozen_logits(x_TD)
         valid_T = context.valid_T
         if not self.rows:
@@ -102,10 +104,7 @@ class Router(nn.Module):
 
     def _frozen_logits(self, x_TD: Tensor) -> Tensor:
         """(T, E) fp32."""
-        weight, bias = self.frozen_weight, self.frozen_bias
-        if self.rule.fp32_logits:
-            x_TD, weight = x_TD.float(), weight.float()
-        logits_TE = F.linear(x_TD, weight, bias).float()
+        logits_TE = F.linear(x_TD, self.frozen_weight.to(x_TD.dtype), self.frozen_bias).float()
         if self.delta is not None:
             logits_TE = logits_TE + F.linear(x_TD, self.delta.to(x_TD.dtype)).float()
         return logits_TE
@@ -212,7 +211,7 @@ class Router(nn.Module):
             if rows.calibration is not None:
                 own = slice(first, first + width)
                 seen = torch.cat([prob_TX[:, : self.num_frozen], prob_TX[:, own]], 1)
-                if len(self.rows) > 1 and self.rule.score == "softmax":
+                if len(self.rows) > 1 and self.rule.score != "sigmoid":
                     seen = seen / seen.sum(1, keepdim=True).clamp_min(1e-20)
                 allowed_T = context.allowed_T(rows.scope, rows.modalities)
                 change = rows.calibration(seen) * allowed_T.unsqueeze(1)

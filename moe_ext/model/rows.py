@@ -71,5 +71,5 @@ class NewRows(nn.Module):
             )
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """(T, N) fp32."""
+        """(T, N) fp32, multiplied in the dtype of `x_TD`."""
         return F.linear(x_TD, self.weight.to(x_TD.dtype)).float() + self.bias.float()

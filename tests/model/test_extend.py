@@ -119,8 +119,10 @@ def test_every_family_extends_trains_saves_loads_and_returns_to_its_base(any_bas
     assert torch.equal(_logits(lm), base_logits)
 
 
-def test_a_copy_is_its_source_and_a_clone_its_row(any_base):
-    lm = load_base(any_base, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_copy_is_its_source_and_a_clone_its_row(any_base, dtype):
+    """Bit by bit, also where a bf16 model keeps its router in fp32 (Ernie)."""
+    lm = load_base(any_base, dtype=dtype)
     add_extension(lm, any_base, "vision", _plans(lm), _settings())
     for block in extended_layers(lm).values():
         bank, rows, router = block.new["vision"], block.router.rows["vision"], block.router
@@ -131,8 +133,8 @@ def test_a_copy_is_its_source_and_a_clone_its_row(any_base):
         assert torch.equal(rows.weight, router.frozen_weight[[1, 3]])
         own = torch.tensor([0.5, 0.25])
         if router.frozen_bias is not None:
-            own = own + router.frozen_bias[[1, 3]]
-        assert torch.equal(rows.bias, own)
+            own = own + router.frozen_bias[[1, 3]].float()
+        assert torch.equal(rows.bias, own.to(rows.bias.dtype))
 
 
 def test_two_extensions_trained_apart_load_together(base):

@@ -24,6 +24,7 @@ class Rule:
     bias: bool = False
     correction: bool = False
     dtype: torch.dtype = torch.float32
+    """Of the hidden states; rows are fp32."""
 
 
 def _grouped(**more) -> RoutingRule:
@@ -39,7 +40,7 @@ RULES = {
         _grouped(score="sigmoid", group_score="top2_sum", scale=2.5, eps=1e-20), correction=True
     ),
     "GPT-OSS": Rule(RoutingRule(3, score="topk_softmax"), bias=True),
-    "Ernie": Rule(RoutingRule(2), correction=True),
+    "Ernie": Rule(RoutingRule(2, fp32_logits=True), correction=True, dtype=torch.bfloat16),
 }
 
 
@@ -65,6 +66,10 @@ EXTENSIONS = {
     "clones": [Added(**_SHARED)],
     "calibrated clones": [Added(calibration=CalibrationKind.mlp_add, **_SHARED)],
     "two, each its modality": [Added(1, **_MODALITY), Added(2, correction=True, **_MODALITY)],
+    "two calibrated": [
+        Added(1, calibration=CalibrationKind.mlp_add),
+        Added(2, Scope.modality, calibration=CalibrationKind.vector_add),
+    ],
     "two that all may choose": [Added(1), Added(2, Scope.preserve, correction=True)],
     "clones of one source, each its modality": [
         Added(1, **_MODALITY, **_SHARED), Added(2, **_MODALITY, shares=(2, 3)),
@@ -74,13 +79,13 @@ EXTENSIONS = {
 
 
 def build(rule: Rule, added: list[Added]) -> Router:
-    """A router of random rows, everything fp32 but for the rows."""
+    """A router of random rows."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int, std: float = 0.5) -> Tensor:
         return std * torch.randn(*size, generator=generator)
 
-    router = Router(rule.rule, NUM_FROZEN, DIM, dtype=rule.dtype, bias=rule.bias,
+    router = Router(rule.rule, NUM_FROZEN, DIM, dtype=torch.float32, bias=rule.bias,
                     correction_bias=rule.correction)  # fmt: skip
     router.frozen_weight.copy_(draw(NUM_FROZEN, DIM))
     if router.frozen_bias is not None:
@@ -97,8 +102,8 @@ def build(rule: Rule, added: list[Added]) -> Router:
                 parameter.data.copy_(draw(*parameter.shape, std=0.05))
         corrects = rule.correction or extension.correction
         router.rows[f"extension{number}"] = NewRows(
-            draw(2, DIM).to(rule.dtype),
-            draw(2, std=0.2).to(rule.dtype),
+            draw(2, DIM),
+            draw(2, std=0.2),
             extension.scope,
             (extension.modality,),
             calibration,
@@ -138,7 +143,7 @@ def _kept_groups(rule: RoutingRule, choice: list[float]) -> set[int]:
 def honest(router: Router, x: Tensor, open_rows: list[tuple[int, NewRows]]) -> dict[int, Tensor]:
     """Expert -> its weight, of one token that may choose the experts of `open_rows` (first id, rows)."""
     rule = router.rule
-    logit = {e: router.frozen_weight[e].float() @ x for e in range(NUM_FROZEN)}
+    logit = {e: router.frozen_weight[e] @ x for e in range(NUM_FROZEN)}
     if router.frozen_bias is not None:
         logit = {e: value + router.frozen_bias[e] for e, value in logit.items()}
     correction = dict.fromkeys(range(NUM_FROZEN), 0.0)
@@ -147,7 +152,7 @@ def honest(router: Router, x: Tensor, open_rows: list[tuple[int, NewRows]]) -> d
     slot = {e: [e] for e in range(NUM_FROZEN)}  # a slot's expert -> those that share it
     for first, rows in open_rows:
         for i in range(2):
-            logit[first + i] = rows.weight[i].float() @ x + rows.bias[i].float()
+            logit[first + i] = rows.weight[i] @ x + rows.bias[i]
             slot.setdefault(rows.shared_with[i] if rows.shared_with else first + i, [])
             slot[rows.shared_with[i] if rows.shared_with else first + i].append(first + i)
             correction[first + i] = 0.0 if rows.correction is None else float(rows.correction[i])
@@ -173,7 +178,7 @@ def honest(router: Router, x: Tensor, open_rows: list[tuple[int, NewRows]]) -> d
             continue
         own = [*range(NUM_FROZEN), first, first + 1]
         seen = torch.stack([share[e] for e in own])
-        if rule.score == "softmax" and len(router.rows) > 1:
+        if rule.score != "sigmoid":  # among the columns that it was trained with
             seen = seen / seen.sum()
         calibration = rows.calibration
         if calibration.kind is CalibrationKind.vector_add:
@@ -235,4 +240,4 @@ def test_the_router_is_the_loop(rule, added):
     theirs = torch.autograd.grad((expected * probe).sum(), parameters, allow_unused=True)
     for mine, his in zip(ours, theirs, strict=True):
         mine, his = (torch.zeros(()) if g is None else g for g in (mine, his))
-        torch.testing.assert_close(mine.float(), his.float().expand_as(mine), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine, his.expand_as(mine), rtol=1e-4, atol=1e-5)
