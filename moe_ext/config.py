@@ -218,7 +218,8 @@ class StageConfig:
     to top_k and multiplies by 9: here top_k * 9 / E times that."""
     z_coefficient: float = 0.0
     router_kl_coefficient: float = 0.0
-    """Weight of KL(base's routing || extended routing) of tokens that may choose new experts."""
+    """Weight of KL(base's routing || extended routing) of tokens that may choose new experts, before
+    calibration; of sigmoid routers between shares of the scores."""
     checkpoint_every: int = 25
     """Steps between two published checkpoints inside the stage; 0: only at its end."""
     statistics_samples: int = 256

@@ -24,7 +24,8 @@ class LayerRecord:
     base_expert_TK: Tensor | None = None
     """(T, K) what the frozen rows alone choose; kept when the layer has new experts."""
     prob_sum_X: Tensor | None = None
-    """(X,) fp32 with graph: sum of the router's probabilities over the counted tokens."""
+    """(X,) fp32 with graph: sum over the counted tokens of the router's probabilities, which sum to
+    one a token."""
     z_sum: Tensor | None = None
     """() fp32 with graph: sum of squared log-sum-exp over the counted tokens."""
     kl_sum: Tensor | None = None

@@ -22,7 +22,8 @@ def balance_loss(prob_sum_X: Tensor, global_counts: Tensor) -> Tensor:
     """Scalar, 1.0 when the load is even (Switch Transformer, eq. 4-6): X * sum(f * P).
 
     Args:
-        prob_sum_X: sum of the router's probabilities over this rank's counted tokens, with graph.
+        prob_sum_X: sum of the router's probabilities over this rank's counted tokens, with graph; of
+            sigmoid routers their scores divided by the token's sum (DeepSeek-V3).
         global_counts: `selection_counts` added up over all ranks. f is a share of all choices and
             sums to one, whatever top_k is.
 
@@ -41,8 +42,9 @@ def z_loss(z_sum: Tensor, global_tokens: Tensor) -> Tensor:
 def router_kl(record: LayerRecord, global_tokens: Tensor) -> Tensor | None:
     """Scalar: mean KL(base's routing || extended routing) in nats, as a rank's share (SMAR).
 
-    It holds the routing of tokens that may choose new experts near the base's. None in a layer
-    without new experts.
+    It holds the routing of tokens that may choose new experts near the base's. Of probabilities, or of
+    sigmoid scores' shares, before calibration, which changes weights and no choice; experts that share
+    a slot count as one. None in a layer without new experts.
     """
     if record.kl_sum is None:
         return None

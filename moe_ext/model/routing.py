@@ -227,16 +227,24 @@ class Router(nn.Module):
         if not context.with_losses:
             return
         record.counted_T = counted_T
-        record.prob_sum_X = prob_TX[counted_T].sum(0)
-        log_sum_T = logits_TX[counted_T].logsumexp(-1)
-        record.z_sum = log_sum_T.square().sum()
+        prob_TX, logits_TX = prob_TX[counted_T], logits_TX[counted_T]
+        if self.rule.score == "sigmoid":  # scores of their own: shares of a token's (DeepSeek-V3)
+            prob_TX = prob_TX / prob_TX.sum(1, keepdim=True)
+        record.prob_sum_X = prob_TX.sum(0)
+        record.z_sum = logits_TX.logsumexp(-1).square().sum()
         if base_TE is not None:
-            # of a softmax over E + N columns against the one over E: log(1 / (1 - share of the new))
-            record.kl_sum = (log_sum_T - base_TE[counted_T].logsumexp(-1)).sum()
+            base_TE = _log_shares(self.rule, base_TE[counted_T])
+            extended_TE = _log_shares(self.rule, logits_TX)[:, : self.num_frozen]
+            record.kl_sum = (base_TE.exp() * (base_TE - extended_TE)).sum()
 
 
 def _probabilities(rule: RoutingRule, logits_TX: Tensor) -> Tensor:
     return logits_TX.sigmoid() if rule.score == "sigmoid" else logits_TX.softmax(-1)
+
+
+def _log_shares(rule: RoutingRule, logits_TX: Tensor) -> Tensor:
+    """Logarithms of each expert's share of a token's scores; shares sum to one."""
+    return (F.logsigmoid(logits_TX) if rule.score == "sigmoid" else logits_TX).log_softmax(-1)
 
 
 def _base_weights(rule: RoutingRule, prob_TE: Tensor, logits_TE: Tensor, expert_TK: Tensor):

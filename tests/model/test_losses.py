@@ -1,5 +1,6 @@
 """The balance loss and the z-loss against their definitions, on one rank and added up over ranks."""
 
+import pytest
 import torch
 
 from moe_ext.config import Scope
@@ -7,6 +8,14 @@ from moe_ext.model.context import RoutingContext
 from moe_ext.model.losses import balance_loss, router_kl, selection_counts, z_loss
 from moe_ext.model.routing import RoutingRule
 from tests.model.layers import DIM, Weights, build, sequences
+
+SCORES = pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+
+
+def shares(score: str, logits: torch.Tensor) -> torch.Tensor:
+    """A token's probabilities, or its sigmoid scores divided by their sum."""
+    prob = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    return prob / prob.sum()
 
 
 def record_of(layer, context: RoutingContext, hidden: torch.Tensor):
@@ -23,9 +32,10 @@ def test_even_load_is_one_and_collapse_is_the_number_of_experts():
     assert balance_loss(collapsed, torch.tensor([200, 0, 0, 0, 100])).item() == 4.0
 
 
-def test_ranks_add_up_to_the_definition():
+@SCORES
+def test_ranks_add_up_to_the_definition(score):
     """Padding and tokens whose candidates were restricted are left out; counts are global."""
-    rule = RoutingRule(top_k=2)
+    rule = RoutingRule(top_k=2, score=score)
     layer = build(Weights(4, 1), rule, scope=Scope.preserve, calibration=False)
     generator = torch.Generator().manual_seed(0)
     contexts = [sequences(3, 9, seed=1), sequences(3, 9, seed=2, images=False)]
@@ -42,7 +52,7 @@ def test_ranks_add_up_to_the_definition():
         for b, s in allowed.nonzero().tolist():
             logits = torch.cat([layer.router.frozen_weight, rows.weight]) @ x[b, s]
             logits[4] += rows.bias[0]
-            prob = logits.softmax(-1)
+            prob = shares(score, logits)
             share[prob.topk(2).indices] += 1
             mean += prob
             logsum += logits.logsumexp(-1) ** 2
@@ -61,9 +71,21 @@ def test_no_counted_token_gives_zero_with_a_graph():
     assert layer.router.rows["vision"].weight.grad is not None
 
 
-def test_router_kl_is_the_divergence_from_the_base():
-    rule = RoutingRule(top_k=2)
-    layer = build(Weights(4, 2), rule, scope=Scope.joint)
+@SCORES
+def test_an_even_router_s_balance_is_one(score):
+    weights = Weights(4, 0)
+    weights.rows.zero_()
+    layer = build(weights, RoutingRule(top_k=2, score=score))
+    record = record_of(layer, sequences(3, 9, seed=1), torch.randn(3, 9, DIM))
+    loss = balance_loss(record.prob_sum_X, selection_counts(record))
+    torch.testing.assert_close(loss, torch.tensor(1.0))
+
+
+@SCORES
+@pytest.mark.parametrize("shared_with", [[], [2, 0]], ids=["rows of their own", "shared slots"])
+def test_router_kl_is_the_divergence_from_the_base(score, shared_with):
+    rule = RoutingRule(top_k=2, score=score)
+    layer = build(Weights(4, 2), rule, scope=Scope.joint, shared_with=shared_with)
     context = sequences(3, 9, seed=1)
     hidden = torch.randn(3, 9, DIM, generator=torch.Generator().manual_seed(0))
     record = record_of(layer, context, hidden)
@@ -71,21 +93,30 @@ def test_router_kl_is_the_divergence_from_the_base():
 
     rows, expected = layer.router.rows["vision"], torch.zeros(())
     for b, s in (context.segment_BS != 0).nonzero().tolist():
-        base = (layer.router.frozen_weight @ hidden[b, s]).softmax(-1)
         logits = torch.cat([layer.router.frozen_weight, rows.weight]) @ hidden[b, s]
-        extended = (logits + torch.cat([torch.zeros(4), rows.bias])).softmax(-1)[:4]
+        logits = logits + torch.cat([torch.zeros(4), rows.bias])
+        base = shares(score, logits[:4])
+        slots = list(logits)
+        for i, source in enumerate(shared_with):
+            slots[source] = torch.log((logits[source].exp() + logits[4 + i].exp()) / 2)
+        extended = shares(score, torch.stack(slots[:4] if shared_with else slots))[:4]
         expected = expected + (base * (base / extended).log()).sum()
     loss = router_kl(record, counts[-1])
     torch.testing.assert_close(loss, expected / counts[-1])
+    assert loss > 0
     loss.backward()
-    assert (rows.bias.grad > 0).all(), "the pull is downwards"
+    assert rows.bias.grad.abs().sum() > 0
+    if not shared_with:
+        assert (rows.bias.grad > 0).all(), "the pull is downwards"
     assert record_of(build(Weights(4, 0), rule), context, hidden).kl_sum is None
 
 
-def test_a_clone_that_shares_its_slot_is_no_divergence():
+@SCORES
+def test_a_clone_that_shares_its_slot_is_no_divergence(score):
     weights = Weights(4, 1)
     weights.rows[4], weights.row_bias[0] = weights.rows[2], 0.0
-    layer = build(weights, RoutingRule(top_k=2), scope=Scope.joint, shared_with=[2])
+    rule = RoutingRule(top_k=2, score=score)
+    layer = build(weights, rule, scope=Scope.joint, shared_with=[2])
     hidden = torch.randn(3, 9, DIM, generator=torch.Generator().manual_seed(0))
     record = record_of(layer, sequences(3, 9, seed=1), hidden)
     torch.testing.assert_close(record.kl_sum, torch.zeros(()), atol=1e-4, rtol=0)
