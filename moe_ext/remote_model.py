@@ -146,20 +146,20 @@ class WithModalities:
         kinds_BS, before = kinds_BL[:, past:], kinds_BL[:, :past]
         seen_B = {m: (before == m).any(1) for m in self.multimodal.modality_of.values()}  # type: ignore[attr-defined]
         context = RoutingContext(kinds_BS * real_BS, real_BS, seen_B=seen_B)
-        self.context_holder.context = context  # type: ignore[attr-defined]
         if pixel_values is not None:
             # padded rows are no placeholders: a batch's own ids say which positions are images'
             media = Batch(given, given, kinds_BS * real_BS, real_BS, given, {1: pixel_values})
             inputs_embeds, input_ids = self.multimodal.embed(media), None  # type: ignore[attr-defined]
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        with self.context_holder.during(context):  # type: ignore[attr-defined]
+            return super().forward(  # type: ignore[misc]
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
 
     def prepare_inputs_for_generation(
         self,

@@ -13,12 +13,13 @@ def hidden_states(model: MultimodalMoE, batch: Batch, mask: Tensor | None = None
 
     `mask` is (B, 1, S, S) bool, in place of the batch's own attention mask.
     """
-    model.holder.context = RoutingContext(batch.modality_ids, batch.segment_ids)
     embedding_BSD = model.embed(batch)
     seen = attention_mask(batch) if mask is None else mask
-    return model.lm.model(
-        inputs_embeds=embedding_BSD,
-        attention_mask=decoder_mask(model.lm.config, seen, batch.position_ids, embedding_BSD.dtype),
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).last_hidden_state
+    taken = decoder_mask(model.lm.config, seen, batch.position_ids, embedding_BSD.dtype)
+    with model.holder.during(RoutingContext(batch.modality_ids, batch.segment_ids)):
+        return model.lm.model(
+            inputs_embeds=embedding_BSD,
+            attention_mask=taken,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state

@@ -4,6 +4,8 @@ Shape letters: B sequences, S positions or slots of a token, T = B * S tokens, K
 experts of a layer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +46,7 @@ class LayerRecord:
 
 @dataclass
 class RoutingContext:
-    """Set around a forward pass, alive until its backward; layers leave their records in it."""
+    """Set around a forward pass; layers leave their records in it. Lives until the pass's backward."""
 
     modality_BS: Tensor
     segment_BS: Tensor
@@ -54,6 +56,8 @@ class RoutingContext:
     with_losses: bool = False
     """Record what the balance loss and the z-loss need."""
     records: dict[int, LayerRecord] = field(default_factory=dict)
+    replays: bool = False
+    """A part of the pass is computed again in backward: layers choose what their records say."""
     _allowed: dict[tuple[Scope, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     @property
@@ -101,3 +105,22 @@ class ContextHolder:
 
     def __init__(self) -> None:
         self.context: RoutingContext | None = None
+
+    @contextmanager
+    def during(self, context: RoutingContext) -> Iterator[None]:
+        """Inside, layers find `context`. It ends with its pass: the next one is of other tokens."""
+        before, self.context = self.context, context
+        try:
+            yield
+        finally:
+            self.context = before
+
+    @contextmanager
+    def replaying(self, context: RoutingContext) -> Iterator[None]:
+        """Inside, a part of that pass is computed again: its tokens go where they went."""
+        with self.during(context):
+            context.replays = True
+            try:
+                yield
+            finally:
+                context.replays = False

@@ -4,6 +4,7 @@ Shape letters: B sequences, S positions, D the language model's width, V its voc
 Z target positions of the micro-batch.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,24 +76,31 @@ class MultimodalMoE(nn.Module):
         self.modality_of = {name: 1 + i for i, name in enumerate(connectors)}
         if activation_checkpointing:
             for layer in lm.model.layers:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+                layer.forward = partial(
+                    checkpoint, layer.forward, use_reentrant=False, context_fn=self._both_times
+                )
+
+    def _both_times(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Around a decoder layer in a pass that is under way, and where backward computes it again."""
+        context = self.holder.context
+        again = nullcontext() if context is None else self.holder.replaying(context)
+        return nullcontext(), again
 
     def forward(
         self, batch: Batch, mask: Tensor | None = None, with_losses: bool = False
     ) -> Output:
-        """Losses of the batch's targets; leaves the routing context set for the backward pass.
+        """Losses of the batch's targets.
 
         Args:
             mask: (B, 1, S, S) bool in place of the batch's own attention mask.
             with_losses: record what the balance loss and the z-loss need.
         """
         context = RoutingContext(batch.modality_ids, batch.segment_ids, with_losses=with_losses)
-        self.holder.context = context
         embedding_BSD = self.embed(batch)
         seen = attention_mask(batch) if mask is None else mask
         taken = decoder_mask(self.lm.config, seen, batch.position_ids, embedding_BSD.dtype)
         # no early stop: recomputation repeats a layer's collectives, all of them on every rank
-        with set_checkpoint_early_stop(False):
+        with self.holder.during(context), set_checkpoint_early_stop(False):
             hidden_BSD = self.lm.model(
                 inputs_embeds=embedding_BSD,
                 attention_mask=taken,
@@ -185,10 +193,10 @@ class MultimodalMoE(nn.Module):
         written: list[list[int]] = [[] for _ in range(batch.input_ids.shape[0])]
         stops = torch.tensor(sorted(stop_ids), device=done_B.device)
         for _ in range(max_new_tokens):
-            self.holder.context = context
-            hidden_BSD = self.lm.model(
-                attention_mask=valid_BS.long(), past_key_values=cache, use_cache=True, **inputs
-            ).last_hidden_state
+            with self.holder.during(context):
+                hidden_BSD = self.lm.model(
+                    attention_mask=valid_BS.long(), past_key_values=cache, use_cache=True, **inputs
+                ).last_hidden_state
             token_B = self.logits(hidden_BSD[:, -1]).argmax(-1)
             done_B = done_B | torch.isin(token_B, stops)
             for row, (token, done) in enumerate(

@@ -83,10 +83,19 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, context: RoutingContext, layer_index: int) -> Routing:
         """Ids and weights of every slot; leaves a record in the context.
 
-        When the context already holds this layer's record, the pass is a recomputation inside
-        backward: the ids are taken from it, since a near tie may choose otherwise the second time.
+        In a recomputation inside backward the ids are taken from the first pass's record, since a
+        near tie may choose otherwise the second time.
+
+        Raises:
+            ValueError: the context is of another pass, by its number of tokens.
         """
-        earlier = context.records.get(layer_index)
+        if context.segment_BS.numel() != x_TD.shape[0]:
+            raise ValueError(
+                f"layer {layer_index} got {x_TD.shape[0]} tokens, but the routing context is of "
+                f"{' x '.join(map(str, context.segment_BS.shape))}: it belongs to another pass; set "
+                "this one's by `with lm.context_holder.during(context)`, or none for plain text"
+            )
+        earlier = context.records[layer_index] if context.replays else None
         if self.rule.fp32_logits:
             x_TD = x_TD.float()
         logits_TE = self._frozen_logits(x_TD)
@@ -98,7 +107,8 @@ class Router(nn.Module):
             expert_TS = chosen_TK.masked_fill(~valid_T.unsqueeze(1), NO_EXPERT)
             record = LayerRecord(expert_TS, self.num_frozen, base_expert_TK=chosen_TK)
             self._record_losses(record, prob_TE, logits_TE, None, valid_T, context)
-            context.records.setdefault(layer_index, record)
+            if earlier is None:
+                context.records[layer_index] = record
             return Routing(expert_TS, weight_TK.masked_fill(~valid_T.unsqueeze(1), 0.0))
         return self._extended(x_TD, logits_TE, context, layer_index, earlier)
 
@@ -191,7 +201,8 @@ class Router(nn.Module):
         counted_T = extended_T & valid_T
         # routed_TX: a clone that shares its source's slot is no divergence at step 0
         self._record_losses(record, prob_TX, routed_TX, logits_TE, counted_T, context)
-        context.records.setdefault(layer_index, record)
+        if earlier is None:
+            context.records[layer_index] = record
 
         calibrated_TX = self._calibrate(prob_TX, context)
         weight_TS = _weights(rule, prob_TX, calibrated_TX, expert_TS)

@@ -163,15 +163,18 @@ def test_calibration_cannot_blow_up_the_weights():
 
 
 def test_recomputation_keeps_the_choice():
-    """A second pass with the same context takes the ids of the first, whatever it would choose."""
+    """Computed again in backward, tokens go where they went, whatever the router would choose now."""
     layer = build(Weights(5, 2), RoutingRule(top_k=2), scope=Scope.joint)
     context = sequences(2, 6, seed=1)
     hidden = torch.randn(12, DIM, generator=torch.Generator().manual_seed(1))
     first = layer.router(hidden, context, 0)
-    again = layer.router(hidden + 0.5, context, 0)
+    with layer.holder.replaying(context):
+        again = layer.router(hidden + 0.5, context, 0)
     assert torch.equal(first.expert_TS, again.expert_TS)
-    fresh = layer.router(hidden + 0.5, sequences(2, 6, seed=1), 0)
+    assert torch.equal(first.expert_TS, context.records[0].expert_TS)
+    fresh = layer.router(hidden + 0.5, context, 0)
     assert not torch.equal(first.expert_TS, fresh.expert_TS)
+    assert torch.equal(fresh.expert_TS, context.records[0].expert_TS)
 
 
 def test_a_frozen_bank_has_no_gradient_and_saves_what_is_stated():

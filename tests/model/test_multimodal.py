@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from moe_ext.analysis.passes import hidden_states
 from moe_ext.batch import IGNORED_LABEL, Batch
 from moe_ext.config import CalibrationKind, Placement, Scope
 from moe_ext.model.connectors import Connector
@@ -98,11 +99,7 @@ MIXED = [([5, 9, 17, 3, 80], 1), ([7, 7, 2], 0), ([90, 31, 14, 15, 92, 65, 35], 
 def logits_hash(model: MultimodalMoE, batch: Batch) -> str:
     """SHA-256 of all logits of the real tokens."""
     with torch.no_grad():
-        model(batch)
-        hidden = model.lm.model(
-            inputs_embeds=model.embed(batch), position_ids=batch.position_ids, use_cache=False
-        ).last_hidden_state
-        logits = model.logits(hidden[batch.segment_ids != 0])
+        logits = model.logits(hidden_states(model, batch)[batch.segment_ids != 0])
     return hashlib.sha256(logits.contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -183,13 +180,8 @@ def test_decoding_with_a_cache_is_decoding_without(tiny):
             if images:
                 whole.media[1] = pixels[[0 if row == 0 else 1]]
             with torch.no_grad():
-                model(whole)
-                hidden = model.lm.model(
-                    inputs_embeds=model.embed(whole),
-                    position_ids=whole.position_ids,
-                    use_cache=False,
-                ).last_hidden_state
-            assert int(model.logits(hidden[0, -1]).argmax()) == written[row][step], (row, step)
+                last = hidden_states(model, whole)[0, -1]
+            assert int(model.logits(last).argmax()) == written[row][step], (row, step)
 
 
 def test_a_stop_id_ends_a_row(tiny):
@@ -205,6 +197,52 @@ def test_placeholders_must_match_the_images(tiny):
     batch.media[1] = batch.media[1][:1]
     with pytest.raises(ValueError, match=r"6 placeholders of modality image but 1 items"):
         build(tiny, True)(batch)
+
+
+@torch.no_grad()
+def test_a_pass_leaves_nothing_to_the_next_one(tiny):
+    """The language model called by itself, after passes of ours, is what it is when fresh."""
+    fresh, model = build(tiny, True).lm, build(tiny, True)
+    batch = batch_of(MIXED)
+    same_shape = torch.randint(3, 90, batch.input_ids.shape)
+    model(batch)
+    model.generate(batch, 2, set())
+    hidden_states(model, batch)
+    for ids in (same_shape, same_shape[:2, :4]):
+        assert torch.equal(model.lm(ids).logits, fresh(ids).logits)
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.lm.generate(same_shape, **settings),
+                       fresh.generate(same_shape, **settings))  # fmt: skip
+
+
+def test_a_context_of_another_pass_is_refused(tiny):
+    model = build(tiny, True)
+    context = model(batch_of(TEXT)).context
+    with (
+        model.holder.during(context),
+        pytest.raises(
+            ValueError, match="layer 0 got 4 tokens, but the routing context is of 3 x 7"
+        ),
+    ):
+        model.lm(torch.ones(1, 4, dtype=torch.int64))
+    assert model.holder.context is None
+
+
+def test_two_passes_may_wait_for_their_backward(tiny):
+    """Each is computed again with its own routing, whichever passes came since."""
+    plain = build(tiny, True)
+    model = MultimodalMoE(plain.lm, plain.encoders, plain.connectors, activation_checkpointing=True)
+    batches = [batch_of(MIXED), batch_of(MIXED[::-1])]
+
+    def gradients(losses) -> list[torch.Tensor]:
+        model.zero_grad()
+        for loss in losses:
+            loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    expected = gradients(model(batch).nll_sum for batch in batches)
+    together = gradients([model(batch).nll_sum for batch in batches])
+    assert all(torch.equal(a, b) for a, b in zip(expected, together, strict=True))
 
 
 def expert_gradients(path) -> dict[tuple[Placement, str], torch.Tensor]:
