@@ -138,8 +138,14 @@ class MultimodalMoE(nn.Module):
         is in the graph of every rank.
 
         Raises:
-            ValueError: placeholders and media items do not match.
+            ValueError: placeholders and media items do not match, or there is no position at all.
         """
+        if batch.input_ids.numel() == 0:
+            raise ValueError(
+                f"a batch of {' x '.join(map(str, batch.input_ids.shape))} positions: every rank's pass "
+                "needs at least one sequence, or its peers wait for it in the exchange of tokens; give "
+                "a rank that has none a row of padding (stages.*.sequences_per_rank is at least 1)"
+            )
         embedding_BSD = self.lm.get_input_embeddings()(batch.input_ids)
         flat = embedding_BSD.reshape(-1, embedding_BSD.shape[-1])
         modality_flat = batch.modality_ids.reshape(-1)

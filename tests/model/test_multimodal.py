@@ -245,6 +245,26 @@ def test_two_passes_may_wait_for_their_backward(tiny):
     assert all(torch.equal(a, b) for a, b in zip(expected, together, strict=True))
 
 
+def test_a_batch_without_a_sequence_is_refused_and_one_of_padding_is_not(tiny):
+    model, batch = build(tiny, True), batch_of(TEXT[:1])
+    rows = {name: value[:0] for name, value in vars(batch).items() if torch.is_tensor(value)}
+    empty = Batch(**rows)
+    for use in (
+        model,
+        lambda batch: model.generate(batch, 2, set()),
+        lambda b: hidden_states(model, b),
+    ):
+        with pytest.raises(ValueError, match="a batch of 0 x 5 positions: .* a row of padding"):
+            use(empty)
+    padding = Batch(**{name: torch.zeros_like(value) for name, value in vars(batch).items()
+                       if torch.is_tensor(value)})  # fmt: skip
+    padding.labels += IGNORED_LABEL
+    output = model(padding)
+    output.nll_sum.backward()
+    assert output.nll_Z.numel() == 0
+    assert len(model.generate(padding, 2, set())) == 1
+
+
 def expert_gradients(path) -> dict[tuple[Placement, str], torch.Tensor]:
     """Of a stage that trains nothing but one new expert a layer; over all ranks' batches."""
     world = dist.get_world_size() if dist.is_initialized() else 1
