@@ -231,7 +231,7 @@ def _exact(folder, counts=None, **changes):
     return lm
 
 
-GROUPED = {"deepseek_v2", "deepseek_v3", "glm4_moe", "dots1"}
+GROUPED = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "dots1"}
 """Their tiny configurations route by groups."""
 
 
