@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -26,15 +27,18 @@ class Checkpoint:
     """A Hugging Face folder of safetensors files, one or sharded with an index; read by key and row.
 
     Tensors are views of the mapped files: copy them, never write to them. FP8 weights come out
-    multiplied by their factors, in fp32; the factors themselves are no keys.
+    multiplied by their factors; the factors themselves are no keys.
+
+    Args:
+        dtype: of these products.
 
     Raises:
         ValueError: the folder or one of its files is missing, a tensor is not in it, or it is
             quantised in a form that cannot be read.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
+        self.path, self.dtype = Path(path), dtype
         self.file_of = self._find_files()
         self._open: dict[str, Any] = {}
         config = self.path / "config.json"
@@ -90,7 +94,8 @@ class Checkpoint:
         factor = key + _FP8_FACTOR
         if self._fp8_block is None or factor not in self.file_of:
             return value
-        return unpack_fp8(value, self._file(factor).get_tensor(factor), self._fp8_block)
+        factors = self._file(factor).get_tensor(factor)
+        return unpack_fp8(value, factors, self._fp8_block, self.dtype)
 
     def row(self, key: str, index: int) -> Tensor:
         """Entry `index` of the first dimension, as stored."""

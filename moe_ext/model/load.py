@@ -105,7 +105,7 @@ def load_base(
     family = family_of(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # what is read is plain; the checkpoint knows how
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, dtype)
     lm = build_on_meta(config, dtype, attn_implementation)
     lm.base_info = BaseInfo(path, family, ep_rank, ep_size, dtype)  # type: ignore[assignment]
 

@@ -13,22 +13,38 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the codes 0 to 7; codes 8 to 15 are the same with a minus sign."""
 
 
+BLOCKS_AT_ONCE = 1024
+"""Of 32 numbers: what an unpacking needs beside its result is some hundred KiB."""
+
+
 def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """(..., 32 G) fp32, exact, of blocks (..., G, 16) uint8 and scales (..., G) uint8.
+    """(..., 32 G) bf16, exact, of blocks (..., G, 16) uint8 and scales (..., G) uint8.
 
     A byte holds two numbers, the low four bits first; a scale s stands for the factor 2^(s - 127).
     """
-    value = torch.tensor([*_E2M1, *(-v for v in _E2M1)])
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
-    exponent = scales.to(torch.int32) - 127
-    return torch.ldexp(value[codes.long()], exponent.unsqueeze(-1)).flatten(-2)
+    value = torch.tensor([*_E2M1, *(-v for v in _E2M1)], dtype=torch.bfloat16)
+    pair_of_byte = torch.stack([value.repeat(16), value.repeat_interleave(16)], dim=-1)
+    out = torch.empty(*blocks.shape[:-2], 32 * blocks.shape[-2], dtype=torch.bfloat16)
+    pairs, packed, exponents = out.view(-1, 16, 2), blocks.reshape(-1, 16), scales.reshape(-1)
+    for first in range(0, len(packed), BLOCKS_AT_ONCE):
+        some = slice(first, first + BLOCKS_AT_ONCE)
+        exponent = exponents[some].to(torch.int32) - 127
+        factor = torch.ldexp(torch.ones(exponent.shape), exponent).bfloat16()
+        torch.mul(pair_of_byte[packed[some].long()], factor.view(-1, 1, 1), out=pairs[some])
+    return out
 
 
-def unpack_fp8(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:
-    """(R, C) fp32: every block of the weight times its factor; the last blocks may be smaller."""
-    rows, columns = weight.shape
-    factor = scale_inv.float().repeat_interleave(block[0], 0)[:rows]
-    return weight.float() * factor.repeat_interleave(block[1], 1)[:, :columns]
+def unpack_fp8(
+    weight: Tensor, scale_inv: Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(R, C): every block of the weight times its factor in fp32, rounded to `dtype`; the last blocks
+    may be smaller."""
+    out = torch.empty(weight.shape, dtype=dtype)
+    for number, factor in enumerate(scale_inv.float()):
+        rows = slice(number * block[0], (number + 1) * block[0])
+        spread = factor.repeat_interleave(block[1])[: weight.shape[1]]
+        out[rows] = weight[rows].float().mul_(spread)
+    return out
 
 
 def fp8_block(quantisation: dict[str, Any] | None, where: str) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,45 +31,97 @@ def copy(base, tmp_path):
     return Path(shutil.copytree(base, tmp_path / "copy"))
 
 
-def write_mixtral(folder: Path, hidden: int, wide: int, num_layers: int, num_experts: int) -> int:
-    """A synthetic bf16 Mixtral, one file a layer; returns its bytes. Never whole in memory."""
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=wide,
-        num_hidden_layers=num_layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_local_experts=num_experts,
-        num_experts_per_tok=2,
-    )
+def write(folder: Path, config, files: Iterator[dict[str, torch.Tensor]]) -> int:
+    """A synthetic checkpoint, one file after the other; returns its bytes. Never whole in memory."""
+    folder.mkdir(exist_ok=True)
     config.save_pretrained(folder)
-    square, file_of, total = (hidden, hidden), {}, 0
-    for layer in range(num_layers + 1):
-        shapes: dict[str, tuple[int, ...]] = {}
-        if layer == num_layers:
-            shapes = {"lm_head.weight": (256, hidden), "model.norm.weight": (hidden,)}
-            shapes |= {"model.embed_tokens.weight": (256, hidden)}
-        else:
-            prefix = f"model.layers.{layer}."
-            norms = ("input_layernorm", "post_attention_layernorm")
-            shapes |= {f"{prefix}{name}.weight": (hidden,) for name in norms}
-            shapes |= {f"{prefix}self_attn.{name}_proj.weight": square for name in "qkvo"}
-            prefix += "block_sparse_moe."
-            shapes[f"{prefix}gate.weight"] = (num_experts, hidden)
-            for expert in range(num_experts):
-                shapes[f"{prefix}experts.{expert}.w1.weight"] = (wide, hidden)
-                shapes[f"{prefix}experts.{expert}.w3.weight"] = (wide, hidden)
-                shapes[f"{prefix}experts.{expert}.w2.weight"] = (hidden, wide)
-        name = f"model-{layer:05d}.safetensors"
-        tensors = {key: torch.full(shape, 0.01).bfloat16() for key, shape in shapes.items()}
+    file_of, total = {}, 0
+    for number, tensors in enumerate(files):
+        name = f"model-{number:05d}.safetensors"
         total += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / name)
         file_of |= dict.fromkeys(tensors, name)
     index = {"metadata": {"total_size": total}, "weight_map": file_of}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def config_of(model_type: str, hidden: int, wide: int, num_layers: int, num_experts: int, **more):
+    return AutoConfig.for_model(
+        model_type,
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=hidden // 8,
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+        **more,
+    )
+
+
+def _plain(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    return {key: torch.full(shape, 0.01).bfloat16() for key, shape in shapes.items()}
+
+
+def _dense(config, layer: int, bias: bool = False) -> dict[str, torch.Tensor]:
+    """What a decoder layer has beside its sparse block; the rest of the model behind the last one."""
+    hidden = config.hidden_size
+    if layer == config.num_hidden_layers:
+        return _plain({"lm_head.weight": (256, hidden), "model.norm.weight": (hidden,),
+                       "model.embed_tokens.weight": (256, hidden)})  # fmt: skip
+    prefix = f"model.layers.{layer}."
+    norms = ("input_layernorm", "post_attention_layernorm")
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}{name}.weight": (hidden,) for name in norms}
+    for name in "qkvo":
+        shapes[f"{prefix}self_attn.{name}_proj.weight"] = (hidden, hidden)
+        if bias:
+            shapes[f"{prefix}self_attn.{name}_proj.bias"] = (hidden,)
+    return _plain(shapes)
+
+
+def mixtral_files(config, fp8: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    hidden, wide, num_experts = (
+        config.hidden_size, config.intermediate_size, config.num_local_experts
+    )  # fmt: skip
+    for layer in range(config.num_hidden_layers + 1):
+        tensors = _dense(config, layer)
+        if layer < config.num_hidden_layers:
+            prefix = f"model.layers.{layer}.block_sparse_moe."
+            tensors |= _plain({f"{prefix}gate.weight": (num_experts, hidden)})
+            for expert in range(num_experts):
+                name = f"{prefix}experts.{expert}."
+                shapes = {"w1": (wide, hidden), "w3": (wide, hidden), "w2": (hidden, wide)}
+                own = _plain({f"{name}{w}.weight": shape for w, shape in shapes.items()})
+                if fp8:
+                    factors = {f"{key}_scale_inv": torch.ones(-(-value.shape[0] // 128), -(-value.shape[1] // 128))
+                               for key, value in own.items()}  # fmt: skip
+                    own = {k: v.to(torch.float8_e4m3fn) for k, v in own.items()} | factors
+                tensors |= own
+        yield tensors
+
+
+def mxfp4_files(config) -> Iterator[dict[str, torch.Tensor]]:
+    """GPT-OSS as published."""
+    hidden, wide, num = config.hidden_size, config.intermediate_size, config.num_local_experts
+    for layer in range(config.num_hidden_layers + 1):
+        tensors = _dense(config, layer, bias=True)
+        if layer < config.num_hidden_layers:
+            prefix = f"model.layers.{layer}."
+            experts = f"{prefix}mlp.experts."
+            tensors |= _plain({f"{prefix}self_attn.sinks": (8,), f"{prefix}mlp.router.weight": (num, hidden),
+                               f"{prefix}mlp.router.bias": (num,), f"{experts}gate_up_proj_bias": (num, 2 * wide),
+                               f"{experts}down_proj_bias": (num, hidden)})  # fmt: skip
+            for name, (out, width) in (
+                ("gate_up_proj", (2 * wide, hidden)),
+                ("down_proj", (hidden, wide)),
+            ):
+                blocks = torch.full((num, out, width // 32, 16), 17, dtype=torch.uint8)
+                scales = torch.full((num, out, width // 32), 120, dtype=torch.uint8)
+                tensors |= {f"{experts}{name}_blocks": blocks, f"{experts}{name}_scales": scales}
+        yield tensors
 
 
 def _anonymous_bytes() -> int:
@@ -104,21 +157,42 @@ def _memory_of_loading(folder: str, warm_up: str) -> dict[str, int]:
     return {"own": own, "growth": peak - before, "expert": expert}
 
 
-def _check_memory(results: list[dict[str, int]], total: int) -> None:
+def _check_growth(results: list[dict[str, int]]) -> None:
     for result in results:
-        assert result["growth"] <= result["own"] + max(result["own"] // 10, result["expert"])
+        assert result["growth"] <= result["own"] + max(result["own"] // 10, result["expert"]), (
+            result
+        )
+
+
+def _check_memory(results: list[dict[str, int]], total: int) -> None:
+    _check_growth(results)
+    for result in results:
         assert result["own"] < 0.65 * total
 
 
 def test_a_rank_keeps_its_own_tensors_and_no_more(base, tmp_path):
-    total = write_mixtral(tmp_path, hidden=512, wide=1024, num_layers=4, num_experts=7)
+    config = config_of("mixtral", hidden=512, wide=1024, num_layers=4, num_experts=7)
+    total = write(tmp_path, config, mixtral_files(config))
     assert total > 90e6
     _check_memory(run_ranks(_memory_of_loading, 2, str(tmp_path), str(base)), total)
 
 
+def test_a_rank_unpacks_an_expert_at_a_time(base, tmp_path):
+    """Formats of 4 and 8 bits, whose experts become bf16 on the way."""
+    quantised = {"quant_method": "mxfp4"}
+    config = config_of("gpt_oss", 512, 1024, 4, 12, quantization_config=quantised)
+    write(tmp_path / "mxfp4", config, mxfp4_files(config))
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = config_of("mixtral", 512, 1024, 4, 12, quantization_config=quantised)
+    write(tmp_path / "fp8", config, mixtral_files(config, fp8=True))
+    for name in ("mxfp4", "fp8"):
+        _check_growth(run_ranks(_memory_of_loading, 2, str(tmp_path / name), str(base)))
+
+
 @pytest.mark.slow
 def test_a_rank_keeps_its_own_tensors_of_two_gigabytes(base, tmp_path):
-    total = write_mixtral(tmp_path, hidden=1024, wide=3584, num_layers=12, num_experts=8)
+    config = config_of("mixtral", hidden=1024, wide=3584, num_layers=12, num_experts=8)
+    total = write(tmp_path, config, mixtral_files(config))
     assert total >= 2 << 30
     results = run_ranks(_memory_of_loading, 2, str(tmp_path), str(base), timeout_s=500)
     print(f"checkpoint {total:,} bytes; ranks {results}")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe_ext.model.load import extended_layers, load_base
-from moe_ext.model.quantised import unpack_fp8, unpack_mxfp4
+from moe_ext.model.quantised import BLOCKS_AT_ONCE, unpack_fp8, unpack_mxfp4
 from tests.model.tiny import save_tiny
 
 
@@ -24,8 +24,21 @@ def test_mxfp4_unpacks_as_transformers_does():
     blocks, scales = _random_mxfp4(3, 10, 96)
     theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     ours = torch.stack([unpack_mxfp4(blocks[e], scales[e]) for e in range(3)])
-    assert torch.equal(ours, theirs.mT)
-    assert torch.equal(ours, ours.bfloat16().float())
+    assert torch.equal(ours.float(), theirs.mT)
+
+
+def test_every_scale_is_exact():
+    """Down to the smallest power of two, and across the pieces that are unpacked at once."""
+    scales = torch.arange(255, dtype=torch.uint8).repeat(40)
+    blocks = torch.randint(0, 256, (len(scales), 16), dtype=torch.uint8)
+    assert len(scales) > 2 * BLOCKS_AT_ONCE
+    ours = unpack_mxfp4(blocks, scales).double()
+    value = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    value = torch.cat([value, -value])
+    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(1).long()
+    expected = value[codes] * 2.0 ** (scales.double() - 127).unsqueeze(1)
+    fits = expected.abs() < 2.0**127
+    assert torch.equal(ours.view(-1, 32)[fits], expected[fits])
 
 
 def test_fp8_blocks_are_multiplied_by_their_factors():
@@ -36,6 +49,7 @@ def test_fp8_blocks_are_multiplied_by_their_factors():
     for row in range(10):
         for column in range(7):
             assert out[row, column] == weight[row, column].float() * factors[row // 4, column // 5]
+    assert torch.equal(unpack_fp8(weight, factors, (4, 5), torch.bfloat16), out.bfloat16())
 
 
 def _tensors_of(folder) -> dict[str, torch.Tensor]:
