@@ -40,27 +40,76 @@ def test_fp32_logits_and_hidden_states_equal_transformers(saved):
         assert _relative(x, y) < 1e-5
 
 
-@torch.no_grad()
-def test_bf16_logits_differ_from_transformers_by_less_than_rounding_does(saved):
-    folder, exact = saved
-    ours = load_base(folder, dtype=torch.bfloat16)(_tokens()).logits.float()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(_tokens())
-    theirs = theirs.logits.float()
-    rounding = (theirs - exact(_tokens()).logits).abs().mean()
+def _within_rounding(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """In bf16 ours differs from transformers' by less than that differs from fp32."""
+    rounding = (theirs.float() - exact).abs().mean()
     assert rounding > 0
-    assert (ours - theirs).abs().mean() <= rounding
+    assert (ours.float() - theirs.float()).abs().mean() <= rounding
+
+
+def _mask(side: str) -> torch.Tensor:
+    mask = torch.ones(_BATCH, _LENGTH, dtype=torch.int64)
+    mask[1, slice(0, 4) if side == "left" else slice(-4, None)] = 0
+    return mask
+
+
+@pytest.fixture(scope="module")
+def in_bf16(saved):
+    """(ours in bf16, transformers' in bf16, transformers' in fp32) of one family."""
+    folder, exact = saved
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return load_base(folder, dtype=torch.bfloat16), theirs, exact
+
+
+@torch.no_grad()
+def test_bf16_logits_and_hidden_states_are_within_rounding(in_bf16):
+    ours, theirs, exact = (model(_tokens(), output_hidden_states=True) for model in in_bf16)
+    _within_rounding(ours.logits, theirs.logits, exact.logits)
+    # the first ones are the embeddings, which nothing rounds
+    layers = zip(ours.hidden_states, theirs.hidden_states, exact.hidden_states, strict=True)
+    first, *rest = layers
+    assert torch.equal(first[0], first[1])
+    for hidden in rest:
+        _within_rounding(*hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bf16_padded_batches_are_within_rounding(in_bf16, side):
+    mask = _mask(side)
+    _within_rounding(
+        *(m(_tokens() * mask, attention_mask=mask).logits[mask.bool()] for m in in_bf16)
+    )
+
+
+@torch.no_grad()
+def test_bf16_decoding_with_cache_is_within_rounding(in_bf16):
+    """Each token goes in alone, the same into all: a near tie would send free runs apart."""
+    mask, tokens = _mask("left"), _tokens(seed=1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def decoded(model) -> torch.Tensor:
+        inputs = {"attention_mask": mask, "position_ids": position, "use_cache": True}
+        out = model(_tokens() * mask, **inputs)
+        logits = [out.logits[:, -1]]
+        for step in range(6):
+            inputs["attention_mask"] = torch.cat(
+                [inputs["attention_mask"], torch.ones(_BATCH, 1, dtype=torch.int64)], 1
+            )
+            inputs["position_ids"] = position[:, -1:] + 1 + step
+            cache = out.past_key_values
+            out = model(tokens[:, step : step + 1], past_key_values=cache, **inputs)
+            logits.append(out.logits[:, -1])
+        return torch.stack(logits)
+
+    _within_rounding(*(decoded(model) for model in in_bf16))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches_equal_transformers(saved, side):
     folder, theirs = saved
-    ours = load_base(folder, dtype=torch.float32)
-    mask = torch.ones(_BATCH, _LENGTH, dtype=torch.int64)
-    if side == "left":
-        mask[1, :4] = 0
-    else:
-        mask[1, -4:] = 0
+    ours, mask = load_base(folder, dtype=torch.float32), _mask(side)
     ids = _tokens() * mask
     a = ours(ids, attention_mask=mask).logits[mask.bool()]
     b = theirs(ids, attention_mask=mask).logits[mask.bool()]
