@@ -233,19 +233,28 @@ def _read_sparse(lm: PreTrainedModel, checkpoint: Checkpoint, family: Family) ->
     experts = BaseExperts(checkpoint, family, list(blocks))
     for index, block in blocks.items():
         prefix = LAYER_PREFIX.format(layer=index)
-        router = block.router
-        for target, spellings in (
-            (router.frozen_weight, family.router.weight),
-            (router.frozen_bias, family.router.bias),
-            (router.correction_bias, family.router.correction_bias),
-        ):
-            if target is not None:
-                keys = [prefix + key for key in spellings]
-                key = next((key for key in keys if key in checkpoint), keys[0])
-                _fill(target, checkpoint.tensor(key).view(target.shape), key)
+        for key, (target, stored) in stored_router(block.router, checkpoint, family, index).items():
+            _fill(target, stored, key)
         for bank in block.frozen_banks:
             for slot, expert in enumerate(bank.expert_ids):
                 fill_expert(bank, slot, experts.read(index, expert), f"{prefix}expert {expert}")
+
+
+def stored_router(
+    router: Router, checkpoint: Checkpoint, family: Family, layer: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Key of the checkpoint -> (frozen tensor of the layer's router, what is stored for it)."""
+    prefix, found = LAYER_PREFIX.format(layer=layer), {}
+    for target, spellings in (
+        (router.frozen_weight, family.router.weight),
+        (router.frozen_bias, family.router.bias),
+        (router.correction_bias, family.router.correction_bias),
+    ):
+        if target is not None:
+            keys = [prefix + key for key in spellings]
+            key = next((key for key in keys if key in checkpoint), keys[0])
+            found[key] = (target, checkpoint.tensor(key).view(target.shape))
+    return found
 
 
 def fill_expert(bank: Bank, slot: int, weights: ExpertTensors, what: str) -> None:

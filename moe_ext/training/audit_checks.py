@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from moe_ext.config import Placement, Trainable
-from moe_ext.model.experts import NO_EXPERT, FrozenBank
+from moe_ext.model.experts import NO_EXPERT, FrozenBank, PackedBank
 from moe_ext.model.extend import extended_layers
 from moe_ext.model.files import Checkpoint
-from moe_ext.model.load import BaseExperts, views_of
+from moe_ext.model.load import BaseExperts, stored_router, views_of
+from moe_ext.model.lora import LoraBank
 from moe_ext.model.multimodal import MultimodalMoE, Output
 from moe_ext.training.engine import Engine
 from moe_ext.training.parts import Part
@@ -162,23 +163,33 @@ def placement_errors(model: MultimodalMoE, topology: Topology) -> list[str]:
 
 
 def base_errors(model: MultimodalMoE) -> list[str]:
-    """A few numbers of some frozen experts of every layer are those that the base's files give them."""
+    """Router rows, and a few numbers of some experts of every bank, are those of the base's files: of
+    frozen experts, hot ones too, and of the sources that low-rank experts stand on."""
     info: Any = model.lm.base_info
     blocks, found = extended_layers(model.lm), []
-    experts = BaseExperts(Checkpoint(info.path), info.family, list(blocks))
+    checkpoint = Checkpoint(info.path)
+    experts = BaseExperts(checkpoint, info.family, list(blocks))
     for index, block in blocks.items():
-        held = block.frozen.expert_ids
-        if not held or not isinstance(block.frozen.gate_up, torch.Tensor):
-            continue  # packed into fewer bits: no number is the file's any more
-        for slot in sorted({0, index % len(held), len(held) - 1}):
-            stored = experts.read(index, held[slot])
-            for name, view in views_of(block.frozen, slot).items():
-                wanted = getattr(stored, name)[-1].to(view.device, view.dtype)
-                if not torch.equal(view[-1], wanted):
-                    found.append(
-                        f"layer {index}'s frozen expert {held[slot]} has a {name} that is not the "
-                        f"one of that expert in {info.path}"
+        rows = stored_router(block.router, checkpoint, info.family, index)
+        for key, (target, stored) in rows.items():
+            if not torch.equal(target, stored.to(target.device, target.dtype)):
+                found.append(f"layer {index}'s router has not the {key} of {info.path}")
+        for bank in block.banks:
+            name, ids = "frozen", bank.expert_ids
+            if isinstance(bank, LoraBank):
+                name, ids = "low-rank", [bank.sources[expert] for expert in ids]
+            elif not isinstance(bank, FrozenBank) or isinstance(bank, PackedBank):
+                continue  # it trains; or is packed into fewer bits: no number is the file's any more
+            for slot in sorted({0, index % len(ids), len(ids) - 1} if ids else ()):
+                stored = experts.read(index, ids[slot])
+                found += [
+                    f"layer {index}'s {name} expert {bank.expert_ids[slot]} has a {part} that is not the "
+                    f"one of expert {ids[slot]} in {info.path}"
+                    for part, view in views_of(bank, slot).items()
+                    if not torch.equal(
+                        view[-1], getattr(stored, part)[-1].to(view.device, view.dtype)
                     )
+                ]
     return found
 
 

@@ -44,7 +44,8 @@ from tests.training.tiny import make_inputs, overrides
 
 SHARDED = ("extension.placement=shard",)
 LORA = ("extension.expert_type=lora", "extension.lora_rank=2")
-RECOMPUTED = ("parallel.activation_checkpointing=true", "parallel.ep_size=1")
+RECOMPUTED = ("parallel.activation_checkpointing=true",)
+HOT = ("+parallel.hot_lists={0:[1,2],2:[1,2]}",)
 
 
 @dataclass
@@ -199,8 +200,10 @@ def tokens_change_experts_in_recomputation():
         if earlier is None:
             return original(self, x_TD, context, layer_index)
 
-        def mirrored(ids):  # among the frozen experts, so that no shape tells
-            return torch.where((ids >= 0) & (ids < self.num_frozen), self.num_frozen - 1 - ids, ids)
+        def mirrored(ids):  # among the frozen experts of a rank, so that no shape tells
+            half = self.num_frozen // 2
+            other = torch.where(ids < half, half - 1 - ids, 3 * half - 1 - ids)
+            return torch.where((ids >= 0) & (ids < self.num_frozen), other, ids)
 
         context.records[layer_index] = dataclasses.replace(
             earlier,
@@ -287,6 +290,30 @@ def rank_0_s_experts_are_broadcast():
     def act(self, model):
         for block in extended_layers(model.lm).values():
             dist.broadcast(block.frozen.down, 0)
+
+    return _after_engine(act)
+
+
+def router_rows_are_another_layer_s():
+    def act(self, model):
+        rows = [block.router.frozen_weight for block in extended_layers(model.lm).values()]
+        rows[0].copy_(rows[-1])
+
+    return _after_engine(act)
+
+
+def hot_experts_change_places():
+    def act(self, model):
+        for block in extended_layers(model.lm).values():
+            block.hot.down.copy_(block.hot.down.flip(0))
+
+    return _after_engine(act)
+
+
+def low_rank_experts_stand_on_each_other_s_sources():
+    def act(self, model):
+        for bank in _banks(model):
+            bank.gate_up.copy_(bank.gate_up.flip(0))
 
     return _after_engine(act)
 
@@ -389,9 +416,16 @@ PLANTS = {
         ),
         Plant(
             experts_are_loaded_in_another_order,
-            r"layer \d's frozen expert \d has a gate that is not the one of that expert",
+            r"layer \d's frozen expert \d has a gate that is not the one of expert \d in",
         ),
         Plant(rank_0_s_experts_are_broadcast, r"frozen expert \d has a down that is not the one"),
+        Plant(router_rows_are_another_layer_s, r"layer 0's router has not the \S+gate\.weight of "),
+        Plant(hot_experts_change_places, r"frozen expert [12] has a down that is not the one", HOT),
+        Plant(
+            low_rank_experts_stand_on_each_other_s_sources,
+            r"low-rank expert \d has a gate that is not the one of expert \d in",
+            LORA,
+        ),
         Plant(
             tokens_go_to_the_wrong_owner,
             r"layer \d's vision experts here are \[1, 0\], out of order",
@@ -405,7 +439,7 @@ PLANTS = {
     )
 }
 HEALTHY = {"healthy": (), "healthy, sharded": SHARDED, "healthy, low-rank": LORA,
-           "healthy, recomputed, bf16": (*RECOMPUTED, "parallel.precision=bf16"),
+           "healthy, recomputed, bf16": (*RECOMPUTED, "parallel.precision=bf16"), "healthy, hot": HOT,
            "healthy, ZeRO-0": (*SHARDED, "parallel.zero_stage=0", "optim.clip_norm=0"),
            "healthy, ZeRO-2": (*SHARDED, "parallel.zero_stage=2")}  # fmt: skip
 
