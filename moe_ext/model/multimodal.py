@@ -201,7 +201,9 @@ class MultimodalMoE(nn.Module):
                 own = [*rows.parameters(), *layer.new[name].parameters()]
                 if rows.scope is not Scope.joint:
                     known |= set(own)
-                    modalities |= set(rows.modalities) if any(p.requires_grad for p in own) else set()
+                    modalities |= (
+                        set(rows.modalities) if any(p.requires_grad for p in own) else set()
+                    )
         anywhere = any(p.requires_grad and p not in known for p in self.lm.parameters())
         return None if anywhere else tuple(sorted(modalities))
 
