@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import DynamicCache, PreTrainedModel
@@ -18,6 +17,7 @@ from moe_ext.batch import IGNORED_LABEL, Batch
 from moe_ext.config import Scope
 from moe_ext.model.context import RoutingContext
 from moe_ext.model.dispatch import Liveness
+from moe_ext.model.head import target_nll
 from moe_ext.model.masks import decoder_mask
 from moe_ext.model.moe import extended_layers
 
@@ -117,15 +117,18 @@ class MultimodalMoE(nn.Module):
         flat = batch.labels.reshape(-1)
         target_Z = (flat != IGNORED_LABEL).nonzero().squeeze(1)
         # only the targets' rows reach the vocabulary: a sliced (B, S, D) tensor is slow in bf16
-        logits_ZV = self.logits(hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[target_Z])
-        nll_Z = F.cross_entropy(logits_ZV.float(), flat[target_Z], reduction="none")
+        hidden_ZD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[target_Z]
+        nll_Z = target_nll(hidden_ZD, self.lm.lm_head, flat[target_Z], self.logits_divisor)
         return Output(nll_Z, target_Z, context)
+
+    @property
+    def logits_divisor(self) -> float:
+        return getattr(self.lm.config, "logits_scaling", 1.0)
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(..., V) in the model's dtype."""
-        scaling = getattr(self.lm.config, "logits_scaling", 1.0)
         logits = self.lm.lm_head(hidden_D)
-        return logits if scaling == 1.0 else logits / scaling
+        return logits if self.logits_divisor == 1.0 else logits / self.logits_divisor
 
     def features(self, modality: int, media: Tensor) -> Tensor:
         """(M, P, F) of the frozen encoder; no rows, no call. `media` may be such features already."""
