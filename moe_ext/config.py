@@ -65,7 +65,7 @@ class ExpertInit(Enum):
     drop_upcycle = "drop_upcycle"
     """The source with `extension.drop_ratio` of its neurons drawn anew (Drop-Upcycling)."""
     random = "random"
-    """Small random weights."""
+    """Small random weights: `extension.random_scale` times the deviation of the source's own."""
 
 
 class ExpertType(Enum):
@@ -180,6 +180,9 @@ class ExtensionConfig:
     """Decoder layers to extend; empty: the probe chooses."""
     source_expert: int = -1
     """The frozen expert that new ones start from in every layer; -1: the layer's most selected."""
+    sources: dict[int, list[int]] = field(default_factory=dict)
+    """Layer -> the frozen expert that each of its new experts starts from, -1 for the most selected
+    that is not named: layers with numbers and sources of their own, in place of the three above."""
     layer_share: float = 0.5
     """Share of the sparse layers that the probe chooses (MoExtend: 0.5)."""
     scope: Scope = Scope.preserve
@@ -190,12 +193,18 @@ class ExtensionConfig:
     lora_alpha: float = 16.0
     """The low-rank difference is scaled by lora_alpha / lora_rank (Uni-MoE: 16 / 8)."""
     drop_ratio: float = 0.5
+    random_scale: float = 0.1
     row_init: RowInit = RowInit.clone
     affected_share: float = 0.25
     """Share of the new modality's tokens whose expert set a cloned row may change at step 0."""
     calibration: CalibrationKind = CalibrationKind.mlp_add
     loss_free_rate: float = 0.0
     """Step of loss-free balancing (arXiv 2408.15664) of the new experts' choice; 0: none."""
+
+    @property
+    def named_layers(self) -> list[int]:
+        """The layers to extend, where the configuration names them and the probe does not choose."""
+        return sorted(self.sources) or self.layers
 
 
 @dataclass
@@ -433,6 +442,7 @@ def from_hydra(composed: Any) -> TrainConfig:
     try:
         # As plain values: a key that `+key=value` added to a typed node would slip through the merge.
         plain = OmegaConf.to_container(composed) if OmegaConf.is_config(composed) else composed
+        _number_layers(plain)
         typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), plain)
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
@@ -440,6 +450,14 @@ def from_hydra(composed: Any) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     check(config)
     return config
+
+
+def _number_layers(plain: Any) -> None:
+    """Keys that are layers become numbers again: in JSON (a run's config.json) they are strings."""
+    for part, key in (("extension", "sources"), ("parallel", "hot_lists")):
+        by_layer = (plain.get(part) or {}).get(key)
+        if isinstance(by_layer, dict):
+            plain[part][key] = {int(k) if str(k).isdigit() else k: v for k, v in by_layer.items()}
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -164,6 +164,11 @@ def _check_extension(config: TrainConfig) -> None:
     _share("extension.layer_share", extension.layer_share)
     _share("extension.drop_ratio", extension.drop_ratio)
     _share("extension.affected_share", extension.affected_share)
+    if not extension.random_scale > 0:
+        raise ValueError(
+            f"extension.random_scale={extension.random_scale} must be above 0: with all weights zero an expert "
+            "has no gradient"
+        )
     at_least("extension.loss_free_rate", extension.loss_free_rate, 0.0)
     at_least("extension.source_expert", extension.source_expert, -1)
     lora = extension.expert_type is ExpertType.lora
@@ -172,6 +177,7 @@ def _check_extension(config: TrainConfig) -> None:
             f"extension.expert_init={extension.expert_init.value} has no meaning with "
             "extension.expert_type=lora, which starts as its source; use copy"
         )
+    _check_sources(config)
     shared = extension.row_init is RowInit.clone_shared
     if shared and extension.num_new_experts > 1 and extension.source_expert >= 0:
         raise ValueError(
@@ -195,6 +201,32 @@ def _check_extension(config: TrainConfig) -> None:
         raise ValueError(
             "extension.placement=shard needs parallel.ep_size > 1; use extension.placement=replicate on one rank"
         )
+
+
+def _check_sources(config: TrainConfig) -> None:
+    extension, sources = config.extension, config.extension.sources
+    other = {
+        "extension.layers": extension.layers,
+        "extension.num_new_experts": extension.num_new_experts > 1,
+        "extension.source_expert": extension.source_expert >= 0,
+    }
+    if twice := [key for key, given in other.items() if sources and given]:
+        raise ValueError(
+            f"extension.sources={sources} names layers, their new experts and sources; {twice[0]} would name "
+            "them twice: leave it at its default"
+        )
+    for layer, experts in sources.items():
+        named = [expert for expert in experts if expert >= 0]
+        if layer < 0 or not experts or min(experts) < -1:
+            raise ValueError(
+                f"extension.sources={{{layer}: {experts}}} must give a decoder layer, counted from 0, one "
+                "frozen expert a new one, or -1 for the layer's most selected"
+            )
+        if extension.row_init is RowInit.clone_shared and len(set(named)) < len(named):
+            raise ValueError(
+                f"extension.sources={{{layer}: {experts}}} with extension.row_init=clone_shared, which gives "
+                "a source one clone; name different ones, or use row_init=clone"
+            )
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -291,7 +323,7 @@ def _check_chain(config: TrainConfig) -> None:
     before = (
         kinds[: kinds.index(StageKind.extend)] if StageKind.extend in kinds else [StageKind.probe]
     )
-    if StageKind.probe not in before and not config.extension.layers:
+    if StageKind.probe not in before and not config.extension.named_layers:
         raise ValueError(
             f"chain={chain} extends without a probe before it, and extension.layers is empty; "
             "add a stage of kind probe, or list the layers in extension.layers"

@@ -8,11 +8,12 @@ any loaded copy of that base. (`export_hf` writes a whole checkpoint of the base
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class Extension:
 
     scope: str
     modalities: list[int]
+    """Ids; 1, 2, ... are the manifest's `connectors` in order."""
     calibration: str
     expert_type: str
     lora_rank: int
@@ -89,15 +91,18 @@ def save_extension(
     lm: PreTrainedModel,
     folder: str | Path,
     *,
+    names: Collection[str] | None = None,
     connectors: nn.ModuleDict | None = None,
     state: Mapping[str, Tensor] | None = None,
     notes: dict[str, Any] | None = None,
 ) -> Path:
-    """Write every extension of the model, and the connectors, to a new folder; returns it.
+    """Write extensions of the model, and connectors, to a new folder; returns it.
 
     The folder appears whole or not at all.
 
     Args:
+        names: the extensions to write, with the connectors of their modalities; None: all there are.
+        connectors: the model's, in the order of its modality ids.
         state: tensors in the place of the model's, for one the experts that other ranks hold; not
             needed when this process holds every new expert.
         notes: kept in the manifest as they are (the configuration, metrics): plain JSON.
@@ -108,19 +113,31 @@ def save_extension(
     """
     folder = Path(folder)
     refuse_existing(folder)
-    tensors = extension_state(lm) | dict(state or {})
-    missing = sorted(extension_keys(lm) - tensors.keys())
+    keys = extension_keys(lm, names)
+    tensors = extension_state(lm, names) | {k: v for k, v in (state or {}).items() if k in keys}
+    missing = sorted(keys - tensors.keys())
     if missing:
         raise ValueError(
             f"{len(missing)} tensors of the extension are on other ranks ({', '.join(missing[:3])}); "
             "load the checkpoint with parallel.ep_size=1 and save from there, or pass `state`"
         )
-    if connectors is not None:
-        tensors |= {f"connectors.{key}": value for key, value in connectors.state_dict().items()}
+    extensions = {n: e for n, e in describe(lm).items() if names is None or n in names}
+    used = {modality for extension in extensions.values() for modality in extension.modalities}
+    kept = {
+        modality: name
+        for modality, name in enumerate(connectors or (), start=1)
+        if names is None or modality in used
+    }
+    for name in kept.values():
+        values = connectors[name].state_dict().items()  # type: ignore[index]
+        tensors |= {f"connectors.{name}.{key}": value for key, value in values}
     if not tensors:
         raise ValueError(
             "the model has neither extensions nor connectors: there is nothing to save"
         )
+    place = {modality: number for number, modality in enumerate(kept, start=1)}
+    for extension in extensions.values():
+        extension.modalities = [place.get(m, m) for m in extension.modalities]
     info: BaseInfo = lm.base_info  # type: ignore[assignment]
     manifest = {
         "format": FORMAT,
@@ -130,8 +147,8 @@ def save_extension(
             "model_type": lm.config.model_type,
             "sha256": base_sha256(info.path),
         },
-        "extensions": {name: asdict(extension) for name, extension in describe(lm).items()},
-        "connectors": [] if connectors is None else list(connectors),
+        "extensions": {name: asdict(extension) for name, extension in extensions.items()},
+        "connectors": list(kept.values()),
         "notes": notes or {},
     }
 
@@ -153,18 +170,26 @@ def load_extension(
     *,
     connectors: nn.ModuleDict | None = None,
     placement: Placement = Placement.replicate,
+    modality_ids: Mapping[int, int] | None = None,
+    row_bias: float = 0.0,
     check_base: bool = True,
 ) -> dict[str, Any]:
     """Put a saved extension into a loaded base, frozen; returns the manifest.
 
-    Beside extensions that the model has already: each keeps to its own name.
+    Beside extensions that the model has already, each under its own name and with no joint training:
+    router rows stand side by side. What the model has stays as it is, trainable or not.
 
     Args:
-        connectors: modules named as the manifest's `connectors`, of the saved sizes.
+        connectors: the model's, in the order of its modality ids; those that the manifest names are
+            filled, and are of the saved sizes.
+        modality_ids: saved id -> this model's. Without it, ids follow the connectors' names, or stay
+            where there are none: every run calls its first modality 1.
+        row_bias: added to its router rows' biases. Extensions that were trained apart never competed:
+            a negative one lets a token keep the others' experts more often (FlexOlmo).
         check_base: hash the base's files and compare; False trusts the caller.
 
     Raises:
-        ValueError: another base, a damaged file, a name that is taken, or connectors that differ.
+        ValueError: another base, a damaged file, a name that is taken, or a connector that is missing.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -180,26 +205,47 @@ def load_extension(
     taken = [name for block in extended_layers(lm).values() for name in block.new if name in names]
     if taken:
         raise ValueError(f"extension.name={taken[0]} is in the model already; remove it first")
-    wanted = [] if connectors is None else list(connectors)
-    if connectors is not None and wanted != manifest["connectors"]:
+    here = {name: modality for modality, name in enumerate(connectors or (), start=1)}
+    saved = dict(enumerate(manifest["connectors"], start=1))
+    if connectors is not None and not set(saved.values()) <= here.keys():
         raise ValueError(
-            f"{folder} holds connectors {manifest['connectors']}, the model has {wanted}; "
-            "name the modalities alike and in the same order"
+            f"{folder} holds connectors {manifest['connectors']}, the model has {list(here)}; name the "
+            "modalities alike (encoder.<name>), or load it without connectors"
         )
+    ids = {number: here.get(name, number) for number, name in saved.items()}
+    ids |= _checked_ids(modality_ids or {}, manifest)
     with safe_open(folder / TENSORS, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     for name, structure in manifest["extensions"].items():
-        layers = {index: Layer(**layer) for index, layer in structure.pop("layers").items()}
-        _attach(lm, name, Extension(**structure, layers=layers), placement)
-        structure["layers"] = {index: asdict(layer) for index, layer in layers.items()}
+        layers = {index: Layer(**layer) for index, layer in structure["layers"].items()}
+        extension = Extension(**{**structure, "layers": layers})
+        extension.modalities = [ids.get(m, m) for m in extension.modalities]
+        _attach(lm, name, extension, placement)
     own = {key: value for key, value in tensors.items() if not key.startswith("connectors.")}
     load_extension_state(lm, own, names)
-    lm.requires_grad_(False)
-    if connectors is not None:
-        start = len("connectors.")
-        rest = {key[start:]: value for key, value in tensors.items() if key not in own}
-        connectors.load_state_dict(rest)
+    with torch.no_grad():
+        for block in extended_layers(lm).values():
+            for name in block.new.keys() & set(names):
+                rows = block.router.rows[name]
+                assert isinstance(rows, NewRows)
+                block.new[name].requires_grad_(False)
+                rows.requires_grad_(False)
+                rows.bias.add_(row_bias)
+    for name in saved.values() if connectors is not None else ():
+        start = f"connectors.{name}."
+        state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        connectors[name].load_state_dict(state)
     return manifest
+
+
+def _checked_ids(modality_ids: Mapping[int, int], manifest: dict[str, Any]) -> dict[int, int]:
+    known = {m for extension in manifest["extensions"].values() for m in extension["modalities"]}
+    if not modality_ids.keys() <= known or min(modality_ids.values(), default=1) < 1:
+        raise ValueError(
+            f"modality_ids={dict(modality_ids)} must give ids of the folder ({sorted(known)}) ids of "
+            "this model, which count its modalities from 1 (0 is text)"
+        )
+    return dict(modality_ids)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

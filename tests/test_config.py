@@ -1,6 +1,8 @@
 """The configuration refuses typos, wrong types and impossible combinations in one line."""
 
 import importlib.util
+import json
+from dataclasses import asdict
 
 import pytest
 from omegaconf import OmegaConf
@@ -8,6 +10,7 @@ from omegaconf import OmegaConf
 from moe_ext.compose import CONF_DIR, ConfigError, load
 from moe_ext.config import Placement, Scope, Trainable, TrainConfig, from_hydra, to_yaml
 from moe_ext.config_check import check_paths, check_world
+from moe_ext.training.run import to_plain
 
 
 def compose(*overrides: str) -> TrainConfig:
@@ -81,6 +84,7 @@ def test_values_arrive_typed():
         (["parallel.zero_stage=3"], "zero_stage=3 is refused"),
         (["extension.expert_type=lora", "extension.expert_init=random"], "starts as its source"),
         (["extension.source_expert=-2"], "extension.source_expert"),
+        (["extension.random_scale=0"], "random_scale=0.0 must be above 0"),
         (
             [
                 "extension.row_init=clone_shared",
@@ -105,6 +109,17 @@ def test_values_arrive_typed():
         (["stages.align.data=other"], "not a stream"),
         (["extension.placement=shard"], "needs parallel.ep_size > 1"),
         (["extension.layers=[1,1]"], "must be different"),
+        (
+            ["+extension.sources={1:[0]}", "extension.layers=[1]"],
+            "extension.layers would name them",
+        ),
+        (
+            ["+extension.sources={1:[0]}", "extension.num_new_experts=2"],
+            "num_new_experts would name",
+        ),
+        (["+extension.sources={1:[]}"], "must give a decoder layer"),
+        (["+extension.sources={1:[0,-2]}"], "must give a decoder layer"),
+        (["+extension.sources={1:[0,0]}", "extension.row_init=clone_shared"], "a source one clone"),
         (["encoder.image.tokens_per_item=10"], "must be a square number"),
         (["data.max_length=12"], "leaves no room for text"),
         (["data.pack=true", "data.homogeneous_span=8"], "data.homogeneous_span=8 with data.pack"),
@@ -117,6 +132,16 @@ def test_what_is_wrong_is_said_in_one_line(overrides, message):
     with pytest.raises(ConfigError, match=message) as caught:
         compose(*overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_a_layer_s_own_sources_need_no_probe(tmp_path):
+    by_layer = ("+extension.sources={10:[3,-1],4:[0]}", "+parallel.hot_lists={4:[1]}")
+    config = compose("chain=[extend,tune]", *by_layer, "parallel.ep_size=2")
+    assert config.extension.sources == {10: [3, -1], 4: [0]}
+    assert config.extension.named_layers == [4, 10]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(to_plain(asdict(config))))  # as a run keeps it
+    assert load(CONF_DIR, [], file) == config
 
 
 def test_the_number_of_ranks_must_fit():

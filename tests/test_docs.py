@@ -1,14 +1,19 @@
 """Commands in the documents are real: each is run by a test or says why it cannot be, launches are
 composed and planned with exactly their words, files and options exist."""
 
+import ast
 import re
 import shlex
+from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 
 import pytest
 
 from moe_ext import cli, launch
 from moe_ext.compose import CONF_DIR, expand, load, parser
+from moe_ext.config import ExtensionConfig
+from moe_ext.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -164,6 +169,31 @@ def test_lists_named_in_the_pages_are_overrides_that_hydra_reads() -> None:
     assert len(found) >= 3
     for text in found:
         assert load(CONF_DIR, ["experiment=demo", "launcher=slurm", text]).chain, text
+
+
+def test_the_page_of_architectures_lists_them_and_a_row_is_short() -> None:
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert [name for name in FAMILIES if f"`{name}`" not in page] == []
+    tree = ast.parse((ROOT / "moe_ext" / "model" / "families.py").read_text())
+    (rows,) = (
+        node.value.values
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "FAMILIES"
+    )
+    assert len(rows) == len(FAMILIES)
+    assert max(row.end_lineno - row.lineno + 1 for row in rows) <= 60
+
+
+def test_the_page_of_extensions_has_every_option() -> None:
+    page = (ROOT / "docs" / "extension.md").read_text()
+    options = [field.name for field in fields(ExtensionConfig) if field.name != "name"]
+    for field in fields(ExtensionConfig):
+        if isinstance(field.default, Enum):
+            options += [member.value for member in type(field.default)]
+    unnamed = {"shard", "replicate", "full"}  # said in words
+    assert [option for option in options if option not in page and option not in unnamed] == []
+    for name in re.findall(r"`(?:\w+/)*(test_\w+\.py)`", page):
+        assert list((ROOT / "tests").rglob(name)), name
 
 
 # Messages of other programs, as the table has them; all others are ours and must be in the source.

@@ -138,6 +138,56 @@ def test_connectors_travel_with_the_extension(bases, tmp_path):
         )
 
 
+def test_runs_that_call_their_modality_1_stand_side_by_side(bases, tmp_path):
+    """By their connectors' names, or by ids; a bias holds one of them back."""
+    base = bases("mixtral")
+
+    def connectors(*names: str) -> nn.ModuleDict:
+        return nn.ModuleDict({name: Connector(5, 7, 32, seed=len(name)) for name in names})
+
+    alone = {}
+    for name, modality in (("vision", "image"), ("sound", "noise")):
+        lm = _extended(base, name=name, scope=Scope.modality)
+        alone[name] = _logits(lm, 1)
+        save_extension(lm, tmp_path / name, connectors=connectors(modality))
+    both, loaded = load_base(base, dtype=torch.float32), connectors("image", "noise")
+    for name in alone:
+        load_extension(both, tmp_path / name, connectors=loaded)
+    ids = {n: rows.modalities for n, rows in extended_layers(both)[0].router.rows.items()}
+    assert ids == {"vision": (1,), "sound": (2,)}
+    for name, modality in (("vision", 1), ("sound", 2)):
+        torch.testing.assert_close(_logits(both, modality), alone[name], rtol=0, atol=1e-5)
+
+    save_extension(both, tmp_path / "both", connectors=loaded)
+    again = load_base(base, dtype=torch.float32)
+    load_extension(again, tmp_path / "both", connectors=connectors("noise", "other", "image"))
+    ids = {n: rows.modalities for n, rows in extended_layers(again)[0].router.rows.items()}
+    assert ids == {"vision": (3,), "sound": (1,)}
+
+    held_back = load_base(base, dtype=torch.float32)
+    load_extension(held_back, tmp_path / "vision", modality_ids={1: 2}, row_bias=-0.75)
+    for ours, theirs in zip(_new_rows(held_back), _new_rows(both)[::2], strict=True):
+        assert ours.modalities == (2,)
+        torch.testing.assert_close(ours.bias, theirs.bias - 0.75)
+    for wrong in ({3: 2}, {1: 0}):
+        with pytest.raises(
+            ValueError, match="must give ids of the folder .\\[1\\]. ids of this model"
+        ):
+            load_extension(load_base(base, dtype=torch.float32), tmp_path / "vision",
+                           modality_ids=wrong)  # fmt: skip
+
+
+def test_loading_leaves_what_trains_as_it_is(bases, tmp_path):
+    base = bases("mixtral")
+    save_extension(_extended(base), tmp_path / "vision")
+    lm = _extended(base, name="sound")
+    load_extension(lm, tmp_path / "vision")
+    for block in extended_layers(lm).values():
+        assert all(p.requires_grad for p in block.new["sound"].parameters())
+        assert not any(p.requires_grad for p in block.new["vision"].parameters())
+        assert not any(p.requires_grad for p in block.router.rows["vision"].parameters())
+
+
 def test_a_folder_that_does_not_fit_is_refused(bases, tmp_path):
     lm = _extended(bases("mixtral"))
     folder = save_extension(lm, tmp_path / "extension")
@@ -181,7 +231,7 @@ def _exact(folder, counts=None, **changes):
     return lm
 
 
-GROUPED = {"deepseek_v2", "deepseek_v3", "glm4_moe", "dots1"}
+GROUPED = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "dots1"}
 """Their tiny configurations route by groups."""
 
 

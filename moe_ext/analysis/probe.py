@@ -60,6 +60,7 @@ def make_manifest(
     row_init: RowInit = RowInit.clone,
     layers: list[int] | None = None,
     source_expert: int = -1,
+    named: dict[int, list[int]] | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """The manifest, equal on all ranks. A collective of one small reduction.
@@ -68,27 +69,20 @@ def make_manifest(
         layers: layers to extend in place of the probe's own choice.
         num_new: new experts a chosen layer; their sources are the experts most selected after.
         source_expert: the source of all new experts instead, where it is not -1.
+        named: layer -> the source of each of its new experts, -1 for the most selected that is not
+            named, in place of `layers`, `num_new` and `source_expert`.
 
     Raises:
         ValueError: more new experts than there are experts to clone, an unknown layer or source.
     """
     known = before.selections.layers
-    if wrong := set(layers or []) - set(known):
-        raise ValueError(
-            f"extension.layers names {sorted(wrong)}, which have no experts; sparse layers are {known}"
-        )
-    if num_new > (fewest := min(before.selections.num_frozen)):
-        raise ValueError(
-            f"extension.num_new_experts={num_new} exceeds the {fewest} experts a layer has to clone; "
-            "choose fewer"
-        )
-    if source_expert >= fewest:
-        raise ValueError(
-            f"extension.source_expert={source_expert} is no expert of every layer: the smallest has {fewest}, "
-            "numbered from 0; use -1 for each layer's most selected one"
-        )
     shift = selection_shift(before.selections, after.selections)
-    chosen = sorted(layers) if layers else choose_layers(known, shift, layer_share)
+    keys = ("extension.sources",) * 3
+    if not named:
+        keys = ("extension.layers", "extension.num_new_experts", "extension.source_expert")
+        chosen = sorted(layers) if layers else choose_layers(known, shift, layer_share)
+        named = {layer: [source_expert] * num_new for layer in chosen}
+    _check_named(named, dict(zip(known, before.selections.num_frozen, strict=True)), *keys)
     rank_before, rank_after = (_most_selected(m.selections) for m in (before, after))
     rows = []
     for i, layer in enumerate(known):
@@ -97,16 +91,17 @@ def make_manifest(
                 "layer": layer,
                 "num_experts": before.selections.num_frozen[i],
                 "shift": shift[i],
-                "chosen": layer in chosen,
+                "chosen": layer in named,
                 "source_before": rank_before[i][0],
                 "source_after": rank_after[i][0],
                 "count_before": _counts(before.selections, i),
                 "count_after": _counts(after.selections, i),
             }
         )
-    sources = {layer: rank_after[known.index(layer)][:num_new] for layer in chosen}
-    if source_expert >= 0:
-        sources = {layer: [source_expert] * num_new for layer in chosen}
+    sources = {
+        layer: _resolved(experts, rank_after[known.index(layer)])
+        for layer, experts in sorted(named.items())
+    }
     return {
         "format": FORMAT,
         "extension": extension,
@@ -126,6 +121,42 @@ def make_manifest(
             ranks or Ranks(),
         ),
     }
+
+
+def _check_named(
+    named: dict[int, list[int]],
+    num_frozen: dict[int, int],
+    of_layers: str,
+    of_count: str,
+    of_id: str,
+) -> None:
+    """Raise ValueError for a layer without experts, or sources that it does not have.
+
+    Args:
+        of_layers, of_count, of_id: keys of the configuration that said so.
+    """
+    if wrong := named.keys() - num_frozen.keys():
+        raise ValueError(
+            f"{of_layers} names {sorted(wrong)}, which have no experts; sparse layers are {list(num_frozen)}"
+        )
+    for layer, experts in named.items():
+        num = num_frozen[layer]
+        if len(experts) > num:
+            raise ValueError(
+                f"{of_count}={len(experts)} exceeds the {num} experts that layer {layer} has to clone; "
+                "choose fewer"
+            )
+        if max(experts) >= num:
+            raise ValueError(
+                f"{of_id}={max(experts)} is no expert of layer {layer}, which has {num}, numbered from 0; "
+                "use -1 for its most selected one"
+            )
+
+
+def _resolved(experts: list[int], ranked: list[int]) -> list[int]:
+    """The named experts, and for every -1 the most selected one that is neither named nor taken."""
+    others = iter([expert for expert in ranked if expert not in experts])
+    return [next(others) if expert < 0 else expert for expert in experts]
 
 
 def save_manifest(manifest: dict[str, Any], path: Path) -> None:

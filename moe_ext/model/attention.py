@@ -103,8 +103,13 @@ def attention(
 
 
 def use_short_attention(config) -> None:
-    """Let a model whose attention is transformers' `sdpa` use this one; others keep theirs."""
-    if config._attn_implementation != "sdpa":
+    """Let a model whose attention is transformers' `sdpa` use this one; others keep theirs.
+
+    So does one whose layers choose keys by an index of their own (DeepSeek-V3.2): they apply it only
+    under transformers' own names, and would attend to every key under ours.
+    """
+    indexed = "indexed_attention" in (getattr(config, "layer_types", None) or ())
+    if config._attn_implementation != "sdpa" or indexed:
         return
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -193,6 +193,24 @@ def _deepseek_v3_like(is_sparse: Callable[[Config, int], bool] = _after_first_de
     )
 
 
+def _granite_like() -> Family:
+    return Family(
+        rule=_chosen_softmax_rule,
+        experts_key="num_local_experts",
+        expert_shape=_wide_shape,
+        layouts=(
+            Stacked(
+                "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"
+            ),
+            Stacked("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+        ),
+        router=RouterKeys(
+            ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight")
+        ),
+        block="block_sparse_moe",
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         rule=_renormalised_rule,
@@ -244,23 +262,13 @@ FAMILIES: dict[str, Family] = {
         renames=_SHARED_EXPERTS_RENAMES,
     ),
     "deepseek_v3": _deepseek_v3_like(),
+    "deepseek_v32": _deepseek_v3_like(),
     "glm4_moe": _deepseek_v3_like(),
+    "glm4_moe_lite": _deepseek_v3_like(),
     "dots1": _deepseek_v3_like(),
-    "granitemoe": Family(
-        rule=_chosen_softmax_rule,
-        experts_key="num_local_experts",
-        expert_shape=_wide_shape,
-        layouts=(
-            Stacked(
-                "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"
-            ),
-            Stacked("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
-        ),
-        router=RouterKeys(
-            ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight")
-        ),
-        block="block_sparse_moe",
-    ),
+    "granitemoe": _granite_like(),
+    "granitemoe_swa": _granite_like(),
+    "granitemoeshared": _granite_like(),  # the shared expert is the decoder layer's own
     "gpt_oss": Family(
         rule=_chosen_softmax_rule,
         experts_key="num_local_experts",

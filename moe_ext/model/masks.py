@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ATTENTION = {"full_attention", "sliding_attention"}
+_ATTENTION = {"full_attention", "sliding_attention", "indexed_attention"}
+"""Kinds of layers that see a sample through the mask; an index chooses among the keys it allows."""
 
 
 def takes_masks(config: Any) -> bool:

@@ -157,17 +157,21 @@ class Router(nn.Module):
         return torch.cat(parts)
 
     @torch.no_grad()
-    def balance_corrections(self, count_X: Tensor, rate: float) -> None:
+    def balance_corrections(
+        self, count_X: Tensor, rate: float, extension: str | None = None
+    ) -> None:
         """Loss-free balancing (arXiv 2408.15664) of the new experts only: one step of size `rate`.
 
         Args:
             count_X: how often the counted tokens of all ranks chose each expert in this step.
+            extension: the only one that may move; None: all.
         """
         mean, first = count_X.float().mean(), self.num_frozen
-        for rows in self.rows.values():
+        for name, rows in self.rows.items():
             own = count_X[first : first + rows.weight.shape[0]].float()
             first += rows.weight.shape[0]
-            if rows.learns_correction and count_X.sum() > 0:
+            moves = rows.learns_correction and extension in (None, name)
+            if moves and count_X.sum() > 0:
                 rows.correction += rate * torch.sign(mean - own)
 
     def _extended(self, x_TD, logits_TE, context, layer_index, earlier) -> Routing:

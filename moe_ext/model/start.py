@@ -18,8 +18,9 @@ def start_expert(
     drop = settings.expert_init is ExpertInit.drop_upcycle
     wide = source.gate.shape[0]
     # Drop-Upcycling (arXiv 2502.19261): the same neurons of all three matrices are drawn anew, each
-    # from the mean and deviation of the source's own matrix. `random` draws all, around zero.
+    # from the mean and deviation of the source's own matrix. `random` draws all, small, around zero.
     count = round(settings.drop_ratio * wide) if drop else wide
+    scale = 1.0 if drop else settings.random_scale
     neurons = torch.randperm(wide, generator=stream)[:count]
 
     def drawn(value: Tensor, dim: int) -> Tensor:
@@ -27,7 +28,7 @@ def start_expert(
         mean = value.mean() if drop else 0.0
         size = list(value.shape)
         size[dim] = count
-        noise = torch.randn(size, generator=stream) * value.std() + mean
+        noise = torch.randn(size, generator=stream) * scale * value.std() + mean
         return value.index_copy_(dim, neurons, noise.to(value.device))
 
     def zeroed(bias: Tensor | None) -> Tensor | None:

@@ -137,7 +137,7 @@ def subject_of(config: TrainConfig, base_config: Any, new_share: float = NEW_SHA
     shared = config.extension.row_init is RowInit.clone_shared
     live = base.num_layers
     if Trainable.connector not in stage.train and Trainable.router_delta not in stage.train:
-        layers = config.extension.layers or base.sparse_layers[-extension.num_layers :]
+        layers = config.extension.named_layers or base.sparse_layers[-extension.num_layers :]
         live = base.num_layers - min(layers)
     work = Work(
         sequences=stage.sequences_per_rank,

@@ -214,9 +214,13 @@ class ExtensionSizes:
 
 
 def extension_sizes(base: BaseSizes, extension: ExtensionConfig) -> ExtensionSizes:
-    """Sizes of the configured extension; before a probe has chosen them, layers are only counted."""
-    num_new, total = extension.num_new_experts, base.num_experts + extension.num_new_experts
-    num_layers = len(extension.layers) or max(
+    """Sizes of the configured extension; before a probe has chosen them, layers are only counted.
+
+    Where layers differ in their number of new experts, each is taken to have the largest.
+    """
+    num_new = max(map(len, extension.sources.values()), default=extension.num_new_experts)
+    total = base.num_experts + num_new
+    num_layers = len(extension.named_layers) or max(
         1, int(extension.layer_share * len(base.sparse_layers) + 1e-9)
     )
     trained, fixed = base.expert_elements, 0

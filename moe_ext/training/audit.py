@@ -51,6 +51,7 @@ class Audit:
 
     Args:
         train: what the stage trains, as its configuration lists it.
+        extension: whose parts; other extensions in the model stay as they are.
         parts: the parameters that were chosen for it.
         watch: made before the engine, which must not have touched what is frozen.
 
@@ -62,12 +63,14 @@ class Audit:
         self,
         stage: str,
         train: list[Trainable],
+        extension: str,
         model: MultimodalMoE,
         parts: list[Part],
         engine: Engine,
         watch: FrozenWatch,
     ):
         self.stage, self.train, self.model, self.parts = stage, train, model, parts
+        self.extension = extension
         self.engine, self.watch, self.topology = engine, watch, engine.topology
         self.taken = 0
         """Steps taken since this start."""
@@ -81,7 +84,7 @@ class Audit:
         self._agree(
             "at its start",
             [
-                *what_trains(model, train),
+                *what_trains(model, train, extension),
                 *optimizer_errors(model, engine),
                 *placement_errors(model, self.topology),
                 *base_errors(model),
@@ -107,7 +110,7 @@ class Audit:
         """
         if self.taken < STEPS_UNTIL_ALL_MOVE:
             self.samples += batch.sample_keys
-            self.reached |= reached_kinds(self.model, output)
+            self.reached |= reached_kinds(self.model, output, self.extension)
         if self.first is not None:
             self.first.forward(output, nll, loss)
 

@@ -55,10 +55,28 @@ def sharded_tensors(model: MultimodalMoE) -> set[int]:
     return {id(t) for bank in banks for t in [*bank.parameters(), *bank.buffers()]}
 
 
-def what_trains(model: MultimodalMoE, train: list[Trainable]) -> list[str]:
-    """A parameter trains if and only if the stage lists its kind, told by its place in the model."""
-    found = []
+def modalities_of_others(model: MultimodalMoE, extension: str) -> set[int]:
+    """Modality ids that open the experts of another extension: their connectors are not `extension`'s."""
+    return {
+        modality
+        for block in extended_layers(model.lm).values()
+        for name, rows in block.router.rows.items()
+        for modality in rows.modalities
+        if name != extension
+    }
+
+
+def what_trains(model: MultimodalMoE, train: list[Trainable], extension: str) -> list[str]:
+    """A parameter trains if and only if the stage lists its kind and it is no other extension's, told
+    by its place in the model."""
+    found, theirs = [], modalities_of_others(model, extension)
+    kept = [f"connectors.{name}." for name, m in model.modality_of.items() if m in theirs]
     for path, parameter in model.named_parameters():
+        owner = re.search(r"\.(?:new|rows)\.([^.]+)\.", path)
+        if path.startswith(tuple(kept)) or (owner is not None and owner[1] != extension):
+            if parameter.requires_grad:
+                found.append(f"{path} trains, but it is not extension.name={extension}'s alone")
+            continue
         kind = next((kind for pattern, kind in KIND_OF_PATH if re.search(pattern, path)), None)
         if kind is Trainable.router_delta and kind not in train:
             found.append(f"{path} is still there: the probe's difference must be dropped after it")
@@ -195,15 +213,22 @@ def stale_weights(model: MultimodalMoE, engine: Engine) -> list[str]:
     return found
 
 
-def reached_kinds(model: MultimodalMoE, output: Output) -> set[Trainable]:
-    """Kinds of parts that have a gradient from this pass if all is well: what its tokens reached."""
+def reached_kinds(model: MultimodalMoE, output: Output, extension: str) -> set[Trainable]:
+    """Kinds of the extension's parts that have a gradient from this pass if all is well: what its
+    tokens reached."""
     reached = {Trainable.router_delta}
-    if bool((output.context.modality_BS != 0).any()):
+    not_own = {0, *modalities_of_others(model, extension)}
+    if set(output.context.modality_BS.unique().tolist()) - not_own:
         reached.add(Trainable.connector)
     for index, block in extended_layers(model.lm).items():
-        record = output.context.records.get(index)
-        if record is not None and bool((record.expert_TS >= block.num_frozen).any()):
-            reached |= {Trainable.new_experts, Trainable.new_rows, Trainable.calibration}
+        record, first = output.context.records.get(index), block.num_frozen
+        for name, bank in block.new.items():
+            own = range(first, first + bank.num_experts)
+            first = own.stop
+            if name != extension or record is None:
+                continue
+            if bool(((record.expert_TS >= own.start) & (record.expert_TS < own.stop)).any()):
+                reached |= {Trainable.new_experts, Trainable.new_rows, Trainable.calibration}
     return reached
 
 

@@ -7,6 +7,7 @@ order, back to back. Names are `connectors.image.out_weight`, `layers.3.vision.r
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,8 @@ class Part:
     sharded: bool = False
     expert_ids: tuple[int, ...] | None = None
     """A bank's experts held here, along the first dimension; None for any other parameter."""
+    extensions: frozenset[str] = frozenset()
+    """Those it belongs to; a connector to all that have its modality, and to none before them."""
 
     def logical(self) -> list[Logical]:
         """The logical tensors of this parameter, in the order of their elements."""
@@ -60,7 +63,12 @@ class Part:
 def parts_of(model: MultimodalMoE) -> list[Part]:
     """Every parameter that is not the base's or an encoder's, in an order equal on all ranks."""
     parts = [
-        Part(f"connectors.{modality}.{name}", parameter, Trainable.connector)
+        Part(
+            f"connectors.{modality}.{name}",
+            parameter,
+            Trainable.connector,
+            extensions=frozenset(extensions_of(model, modality)),
+        )
         for modality, connector in model.connectors.items()
         for name, parameter in connector.named_parameters()
     ]
@@ -72,8 +80,9 @@ def parts_of(model: MultimodalMoE) -> list[Part]:
             for name, parameter in rows.named_parameters():
                 calibrates = name.startswith("calibration.")
                 kind = Trainable.calibration if calibrates else Trainable.new_rows
-                path = name if calibrates else f"rows.{name}"
-                parts.append(Part(f"{prefix}.{extension}.{path}", parameter, kind))
+                path = f"{extension}.{name if calibrates else f'rows.{name}'}"
+                own = frozenset([extension])
+                parts.append(Part(f"{prefix}.{path}", parameter, kind, extensions=own))
         for extension, bank in layer.new.items():
             sharded = bank.placement is Placement.shard and layer.ep_group is not None
             for name, parameter in bank.named_parameters():
@@ -84,9 +93,20 @@ def parts_of(model: MultimodalMoE) -> list[Part]:
                         Trainable.new_experts,
                         sharded,
                         tuple(bank.expert_ids),
+                        frozenset([extension]),
                     )
                 )
     return parts
+
+
+def extensions_of(model: MultimodalMoE, modality: str) -> set[str]:
+    """The extensions whose experts the modality's tokens open."""
+    return {
+        name
+        for layer in extended_layers(model.lm).values()
+        for name, rows in layer.router.rows.items()
+        if model.modality_of[modality] in rows.modalities
+    }
 
 
 def statics_of(model: MultimodalMoE) -> dict[str, Tensor]:
@@ -104,18 +124,30 @@ def statics_of(model: MultimodalMoE) -> dict[str, Tensor]:
     return statics
 
 
-def choose(model: MultimodalMoE, train: list[Trainable]) -> list[Part]:
+def choose(
+    model: MultimodalMoE, train: list[Trainable], extension: str | None = None
+) -> list[Part]:
     """The parts that `train` names; they, and nothing else of the model, then require gradients.
+
+    Args:
+        extension: others keep their experts, rows, calibrations and their modalities' connectors as
+            they are; None: all there are may train.
 
     Raises:
         ValueError: a name of `train` that this model has no parameter for.
     """
     model.requires_grad_(False)
-    chosen = [part for part in parts_of(model) if part.trainable in train]
+    own = frozenset([extension])
+    chosen = [
+        part
+        for part in parts_of(model)
+        if part.trainable in train and (extension is None or part.extensions <= own)
+    ]
     for kind in train:
         if not any(part.trainable is kind for part in chosen):
             raise ValueError(
                 f"a stage trains {kind.name}, but this model has no such parameter yet"
+                + ("" if extension is None else f" that is extension.name={extension}'s alone")
             )
     for part in chosen:
         part.parameter.requires_grad_(True)
@@ -125,12 +157,14 @@ def choose(model: MultimodalMoE, train: list[Trainable]) -> list[Part]:
 class FrozenWatch:
     """Notices a frozen tensor that changed: a rolling sample at checkpoints, everything at the end.
 
-    A sum over the bits of a tensor is kept (`bit_sum`), not the tensor.
+    A sum over the bits of a tensor is kept (`bit_sum`), not the tensor. `extension`: as in `choose`.
     """
 
-    def __init__(self, model: MultimodalMoE, chosen: list[Part]):
+    def __init__(self, model: MultimodalMoE, chosen: list[Part], extension: str | None = None):
         trained = {id(part.parameter) for part in chosen}
-        trained |= {id(tensor) for name, tensor in statics_of(model).items() if "rows" in name}
+        corrections = r"\.rows\." if extension is None else rf"\.{extension}\.rows\."
+        statics = statics_of(model).items()
+        trained |= {id(tensor) for name, tensor in statics if re.search(corrections, name)}
         named = [*model.named_parameters(), *model.named_buffers()]
         for modality, encoder in model.encoders.items():
             named += [(f"encoders.{modality}.{n}", t) for n, t in encoder.named_parameters()]

@@ -109,11 +109,11 @@ def run_stage(
         )
     if interrupted is not None:  # before the watch looks: what no optimizer has is frozen from here
         resume.load_weights([], statics_of(model), interrupted)
-    chosen = choose(model, stage.train)
+    chosen = choose(model, stage.train, run.config.extension.name)
     model.set_liveness()
     run.tracker.say(f"[{name}] {announce(model)}")
     numbers = count(model, chosen)
-    watch = FrozenWatch(model, chosen)
+    watch = FrozenWatch(model, chosen, run.config.extension.name)
     engine = make_engine(run, stage, model, chosen)
     held: dict[str, int] = {}
     engine.at_first_step = lambda: held.update(held_bytes(model, engine))
@@ -212,7 +212,7 @@ def train_stage(
     )
     saver = Saver(run, name, model, chosen, engine, loader)
     position = saver.resume(interrupted) if interrupted is not None else Position()
-    audit = Audit(name, stage.train, model, chosen, engine, watch)
+    audit = Audit(name, stage.train, config.extension.name, model, chosen, engine, watch)
     saver.check = audit.checkpoint
     run.tracker.say(f"[{name}] {audit.summary}")
     run.tracker.enter(name)
@@ -228,7 +228,9 @@ def train_stage(
         num_frozen={i: layer.num_frozen for i, layer in extended_layers(model.lm).items()},
         publisher=run.publisher,
         audit=audit,
-        balance_choice=choice_balancer(model, config.extension.loss_free_rate),
+        balance_choice=choice_balancer(
+            model, config.extension.loss_free_rate, config.extension.name
+        ),
         log_every=config.tracking.log_every,
         global_step=sum(config.stages[n].steps for n in config.chain[:index]),
     )
@@ -246,16 +248,16 @@ def train_stage(
 
 
 def choice_balancer(
-    model: MultimodalMoE, rate: float
+    model: MultimodalMoE, rate: float, extension: str
 ) -> Callable[[dict[int, torch.Tensor]], None] | None:
-    """What moves the new experts' choice after every step; None where nothing is to be moved."""
+    """What moves the extension's choice after every step; None where nothing is to be moved."""
     layers = extended_layers(model.lm)
-    if rate <= 0 or not any(layer.num_new for layer in layers.values()):
+    if rate <= 0 or not any(extension in layer.new for layer in layers.values()):
         return None
 
     def balance(choices: dict[int, torch.Tensor]) -> None:
         for index, count_X in choices.items():
-            layers[index].router.balance_corrections(count_X, rate)
+            layers[index].router.balance_corrections(count_X, rate, extension)
 
     return balance
 

@@ -69,6 +69,7 @@ def write_probe(run: Run, before: Measured, after: Measured, samples: int) -> No
         row_init=extension.row_init,
         layers=extension.layers or None,
         source_expert=extension.source_expert,
+        named=extension.sources,
         ranks=run.ranks,
     )
     if run.topology.rank == 0:

@@ -239,6 +239,27 @@ def test_impossible_requests_are_named(base, items):
     assert plan["sources"] == [5, 5]
     with pytest.raises(ValueError, match="extension.source_expert=6.*numbered from 0"):
         probe.make_manifest(measured, measured, num_new=1, source_expert=6, **common)
+    for wrong, message in (({1: [0]}, r"sources names \[1\]"), ({2: [0] * 7}, "sources=7 exceeds the 6"),
+                           ({2: [0, 6]}, "sources=6 is no expert of layer 2")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"extension.{message}"):
+            probe.make_manifest(measured, measured, num_new=1, named=wrong, **common)
+
+
+def test_layers_have_their_own_numbers_and_sources(base, items):
+    model = make_model(base)
+    measured = gaps.measure(model, [pair_batch(make_build(), items)], modality=1)
+    counts = measured.selections.count_LGX[2, selections.IMAGE, :6].tolist()
+    ranked = sorted(range(6), key=lambda e: (-counts[e], e))
+    second, third = [e for e in ranked if e != 4][:2]
+    manifest = probe.make_manifest(
+        measured, measured, extension="vision", base_sha256="", modality=1, samples=9, layer_share=0.5,
+        num_new=1, affected_share=0.25, named={3: [-1, 4, -1], 0: [5]},
+    )  # fmt: skip
+    assert [plan["layer"] for plan in manifest["plans"]] == [0, 3]
+    assert [plan["sources"] for plan in manifest["plans"]] == [[5], [second, 4, third]]
+    assert [plan["num_new"] for plan in manifest["plans"]] == [1, 3]
+    assert all(len(plan["bias"]) == plan["num_new"] for plan in manifest["plans"])
+    assert [row["chosen"] for row in manifest["layers"]] == [True, False, True, False]
 
 
 def probe_manifest(base, items, rank: int = 0, size: int = 1, together: int = 3):

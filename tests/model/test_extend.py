@@ -222,13 +222,18 @@ def test_drop_upcycling_draws_whole_neurons_anew(base):
             assert torch.equal(down[:, ~changed[0]], old_down[:, ~changed[0]])
 
 
-def test_random_experts_differ_everywhere(base):
+@pytest.mark.parametrize("scale", [0.1, 0.5])
+def test_random_experts_are_small_and_differ_everywhere(base, scale):
     lm = load_base(base, dtype=torch.float32)
-    add_extension(lm, base, "vision", _plans(lm), _settings(expert_init=ExpertInit.random))
+    settings = _settings(expert_init=ExpertInit.random, random_scale=scale)
+    add_extension(lm, base, "vision", _plans(lm), settings)
     for block in extended_layers(lm).values():
-        new = block.new["vision"].gate_up
-        assert (new != block.frozen.gate_up[[1, 3]]).all()
-        assert (new[0] != new[1]).all()
+        for name in ("gate_up", "down"):
+            new = getattr(block.new["vision"], name)
+            sources = getattr(block.frozen, name)[[1, 3]]
+            assert (new != sources).all()
+            assert (new[0] != new[1]).all()
+            assert float(new.detach().std() / sources.std()) == pytest.approx(scale, rel=0.1)
 
 
 @pytest.mark.parametrize("init", [RowInit.zero, RowInit.mean, RowInit.domain])

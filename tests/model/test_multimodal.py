@@ -265,6 +265,60 @@ def test_a_batch_without_a_sequence_is_refused_and_one_of_padding_is_not(tiny):
     assert len(model.generate(padding, 2, set())) == 1
 
 
+def saved_below(model: MultimodalMoE) -> tuple[int, int]:
+    """Tensors that a pass saves for backward below the last decoder layer's block, and from there on."""
+    saved, below = [], []
+    *_, last = extended_layers(model.lm).values()
+    handle = last.register_forward_pre_hook(lambda *_: below.append(len(saved)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(0) or t, lambda t: t):
+        model(batch_of(MIXED)).nll_sum.backward()
+    handle.remove()
+    return below[0], len(saved) - below[0]
+
+
+def only_the_last_layer_trains(path, rank: int = 0, world: int = 1, group=None) -> MultimodalMoE:
+    model = build(path, False, rank, world, group)
+    add_vision(model.lm, rank, world, Placement.shard)
+    *_, last = extended_layers(model.lm).values()
+    model.requires_grad_(False)
+    last.requires_grad_(True)
+    model.set_liveness()
+    return model
+
+
+def generated_and_saved(path) -> dict[str, object]:
+    """On one of two ranks: what rows become where rank 0's end at once, and what is saved."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    one, shared = build(path, True), build(path, True, rank, 2, group)
+    samples = [([5, 9], 1), ([7, 11, 2, 40], 0), ([90], 1)] if rank == 0 else [([30, 31, 32], 0)]
+    batch = batch_of(samples)
+    free = one.generate(batch, 6, set())
+    stops = {row[0] for row in free} if rank == 0 else set()
+    return {
+        "free": free,
+        "alone": one.generate(batch, 6, stops),
+        "together": shared.generate(batch, 6, stops),
+        "saved": saved_below(only_the_last_layer_trains(path, rank, 2, group)),
+    }
+
+
+def test_two_ranks_generate_what_one_does_and_save_nothing_below(tiny):
+    """A rank whose rows have ended goes on with zero tokens until the others' have."""
+    first, second = run_ranks(generated_and_saved, 2, tiny)
+    for found in (first, second):
+        assert found["together"] == found["alone"]
+        assert found["saved"][0] == 0 < found["saved"][1]
+    assert first["together"] == [[], [], []]
+    assert second["together"] == second["free"]
+    assert len(second["free"][0]) == 6
+
+
+def test_nothing_is_saved_below_the_first_live_layer(tiny):
+    below, above = saved_below(only_the_last_layer_trains(tiny))
+    assert below == 0 < above
+    assert saved_below(build(tiny, True))[0] > 0
+
+
 def expert_gradients(path) -> dict[tuple[Placement, str], torch.Tensor]:
     """Of a stage that trains nothing but one new expert a layer; over all ranks' batches."""
     world = dist.get_world_size() if dist.is_initialized() else 1

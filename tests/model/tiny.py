@@ -39,6 +39,16 @@ _DEEPSEEK_V3 = {
     "first_k_dense_replace": 1,
 }
 
+_GRANITE = {
+    "intermediate_size": 16,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.25,
+}
+
 TINY: dict[str, dict] = {
     "mixtral": {
         "intermediate_size": 24,
@@ -91,17 +101,19 @@ TINY: dict[str, dict] = {
         "first_k_dense_replace": 1,
     },
     "deepseek_v3": {**_MLA, **_DEEPSEEK_V3},
+    "deepseek_v32": {
+        **_MLA,
+        **_DEEPSEEK_V3,
+        "index_topk": 8,
+        "index_n_heads": 8,
+        "index_head_dim": 16,
+    },
+    "glm4_moe_lite": {**_MLA, **_DEEPSEEK_V3},
     "glm4_moe": {**_DEEPSEEK_V3, "head_dim": 8, "partial_rotary_factor": 0.5},
     "dots1": {**_DEEPSEEK_V3, "head_dim": 8},
-    "granitemoe": {
-        "intermediate_size": 16,
-        "num_local_experts": 6,
-        "num_experts_per_tok": 2,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 2.0,
-        "embedding_multiplier": 3.0,
-        "attention_multiplier": 0.25,
-    },
+    "granitemoe": _GRANITE,
+    "granitemoe_swa": {**_GRANITE, "sliding_window": 8},
+    "granitemoeshared": {**_GRANITE, "shared_intermediate_size": 24},
     "gpt_oss": {
         "head_dim": 8,
         "intermediate_size": 16,

@@ -70,6 +70,8 @@ def test_connectors_and_extensions_are_counted_as_they_are_built():
     base = base_sizes(tiny_config("mixtral"))
     one = extension_sizes(base, ExtensionConfig(layers=[1], calibration=CalibrationKind.none))
     assert (one.num_layers, one.trained_expert) == (1, base.expert_elements)
+    own = extension_sizes(base, ExtensionConfig(sources={0: [1], 2: [0, -1, 3]}))
+    assert (own.num_layers, own.num_new) == (2, 3), "as if every layer had the largest number"
     low = ExtensionConfig(layers=[1], expert_type=ExpertType.lora, lora_rank=2)
     assert extension_sizes(base, low).trained_expert == 3 * 2 * (32 + 24)
     assert extension_sizes(base, low).fixed_expert == base.expert_elements

@@ -101,8 +101,8 @@ def experts_missing_from_the_optimizer():
 
 
 def every_expert_frozen():
-    def chosen(original, model, train):
-        parts = original(model, train)
+    def chosen(original, model, *args):
+        parts = original(model, *args)
         for bank in _banks(model):
             bank.requires_grad_(False)
         return [part for part in parts if part.trainable.name != "new_experts"]
@@ -119,12 +119,10 @@ def optimizer_holds_the_tensors_of_before_the_surgery():
 
 
 def sharded_experts_are_averaged_over_the_world():
-    def parts(original, model):
-        return [dataclasses.replace(part, sharded=False) for part in original(model)]
+    def chosen(original, *args):
+        return [dataclasses.replace(part, sharded=False) for part in original(*args)]
 
-    return _around(
-        stages, "choose", lambda original, model, train: parts(lambda m: original(m, train), model)
-    )
+    return _around(stages, "choose", chosen)
 
 
 def replicated_rows_are_reduced_like_sharded_experts():
@@ -187,8 +185,8 @@ def weight_decay_on_frozen_rows():
 
 
 def a_norm_of_the_base_trains_too():
-    def chosen(original, model, train):
-        parts = original(model, train)
+    def chosen(original, model, *args):
+        parts = original(model, *args)
         model.lm.model.norm.weight.requires_grad_(True)
         return parts
 

@@ -1,5 +1,6 @@
 """What trains, under which names; frozen tensors are watched; other settings are refused."""
 
+import re
 import types
 
 import pytest
@@ -11,6 +12,7 @@ from moe_ext.model.connectors import Connector
 from moe_ext.model.extend import LayerPlan, add_extension, extended_layers, extension_state
 from moe_ext.model.load import load_base
 from moe_ext.model.multimodal import MultimodalMoE
+from moe_ext.training.audit_checks import what_trains
 from moe_ext.training.parts import FrozenWatch, choose, parts_of, statics_of
 from moe_ext.training.run import check_identity
 from tests.model.tiny import save_tiny
@@ -54,6 +56,45 @@ def test_only_what_is_listed_trains(model):
     for layer in extended_layers(model.lm).values():
         layer.router.add_delta()
     assert len(choose(model, [Trainable.router_delta])) == 2
+
+
+def test_only_the_named_extension_trains(model, tmp_path):
+    """The other one keeps its experts, rows and calibration, and its modality its connector."""
+    sound = ExtensionConfig(name="sound", loss_free_rate=0.1)
+    add_extension(model.lm, str(tmp_path), "sound", [LayerPlan(0, 1, [2])], sound, modalities=(2,))
+    model.connectors["noise"] = Connector(6, 8, model.lm.config.hidden_size)
+    model.modality_of["noise"] = 2
+    kinds = [Trainable[name] for name in (*BANKS, "connector")]
+
+    def trained(extension: str | None) -> set[str]:
+        choose(model, kinds, extension)
+        names = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert what_trains(model, kinds, extension) == [] or extension is None
+        return {re.search(r"connectors.(\w+)|(?:new|rows).(\w+)", n)[0] for n in names}
+
+    vision = {"connectors.image", "new.vision", "rows.vision"}
+    assert trained("sound") == {"connectors.noise", "new.sound", "rows.sound"}
+    assert trained("vision") == vision
+    assert trained(None) == vision | {"connectors.noise", "new.sound", "rows.sound"}
+    found = what_trains(model, kinds, "vision")
+    assert any("new.sound.down trains, but it is not extension.name=vision's" in f for f in found)
+    assert any("connectors.noise.out_weight trains, but it is not" in f for f in found)
+    with pytest.raises(ValueError, match="no such parameter yet that is extension.name=other's"):
+        choose(model, kinds, "other")
+
+
+def test_only_the_named_extension_s_choice_is_balanced(model, tmp_path):
+    sound = ExtensionConfig(name="sound", loss_free_rate=0.1)
+    add_extension(model.lm, str(tmp_path), "sound", [LayerPlan(0, 1, [2])], sound)
+    router = extended_layers(model.lm)[0].router
+    watch = FrozenWatch(model, [], "vision")
+    router.balance_corrections(torch.arange(9), 0.1, "vision")
+    assert watch.changed(1.0) == []
+    router.balance_corrections(torch.arange(9), 0.1, "sound")
+    (line,) = watch.changed(1.0)
+    assert "rows.sound.correction changed" in line
+    watched = {name for name, _ in FrozenWatch(model, [], "sound").tensors}
+    assert not any(name.endswith("rows.sound.correction") for name in watched)
 
 
 PATH_OF = {
