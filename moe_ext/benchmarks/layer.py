@@ -4,7 +4,12 @@ Forward and backward of one layer with its gate, dispatch and combine on all sid
 on 2,048 tokens: one sequence of the length that MoExtend and LLaVA-1.5 are tuned with.
 Repetitions are interleaved (every peer once, then again, in an order that rotates), and a ratio is
 the median over repetitions of peer time over ours in the same repetition. CPU time decides; wall
-time is recorded beside it.
+time is recorded beside it. Freed memory stays with the process, for all alike: with glibc's default a
+peer that allocates 32 MiB at a time pays up to three times its own time for zeroed pages.
+
+Beside the peers runs `products`: the matrix products of our layer, of the same matrices and numbers of
+rows, and nothing else. Its time is what a layer without any other work would take, and a peer's time
+over it the ratio that no layer made of these products can pass.
 """
 
 import argparse
@@ -17,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_ext.benchmarks.host_memory import keep_freed_memory
 from moe_ext.benchmarks.peers import PEERS, Peer
 from moe_ext.benchmarks.report import (
     Samples,
@@ -71,6 +77,34 @@ def measure(
     return samples
 
 
+def products(work: Work) -> Callable[[], tuple[float, float]]:
+    """(CPU s, wall s) of the layer's products alone: forward, the input's gradient, new weights'."""
+    weights, rows_X = work.weights, work.rows_X
+    _, double, dim = weights.gate_up.shape
+    most, dtype = max(rows_X), weights.gate_up.dtype
+    x, y = (torch.randn(most, dim).to(dtype) for _ in range(2))
+    h, grad_h = (torch.randn(most, double).to(dtype) for _ in range(2))
+    act, grad_act = (torch.randn(most, double // 2).to(dtype) for _ in range(2))
+    grads = [torch.empty_like(weights.gate_up[0]), torch.empty_like(weights.down[0])]
+
+    def call() -> tuple[float, float]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        for number, up, down in zip(rows_X, weights.gate_up, weights.down, strict=True):
+            torch.mm(x[:number], up.t(), out=h[:number])
+            torch.mm(act[:number], down.t(), out=y[:number])
+        for e, (number, up, down) in enumerate(
+            zip(rows_X, weights.gate_up, weights.down, strict=True)
+        ):
+            torch.mm(y[:number], down, out=grad_act[:number])
+            torch.mm(grad_h[:number], up, out=x[:number])
+            if e >= weights.num_frozen:
+                torch.mm(grad_h[:number].t(), x[:number], out=grads[0])
+                torch.mm(y[:number].t(), act[:number], out=grads[1])
+        return time.process_time() - cpu, time.perf_counter() - wall
+
+    return call
+
+
 def gemm_rates(work: Work, min_s: float = 0.3) -> dict[str, float]:
     """FLOP/s of plain products at the layer's widths, one thread.
 
@@ -106,7 +140,8 @@ def bench_case(
     def call(peer: Peer) -> Callable[[], tuple[float, float]]:
         return lambda: once(peer, work)
 
-    samples = measure({name: call(peer) for name, peer in peers.items()}, repetitions)
+    calls = {name: call(peer) for name, peer in peers.items()}
+    samples = measure(calls | {"products": products(work)}, repetitions)
     return {
         "case": case_name(shape, load, dtype),
         "tokens": tokens,
@@ -138,6 +173,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--peers", default=",".join(PEERS))
     chosen = parser.parse_args(list(arguments))
     torch.set_num_threads(1)
+    keep_freed_memory()
     single_rank_group()
     names = _words(chosen.peers, list(PEERS), "--peers")
     names = list(dict.fromkeys(["ours", *names]))

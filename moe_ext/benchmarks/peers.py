@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from moe_ext.config import Placement, Scope
 from moe_ext.model.context import ContextHolder
 from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
+from moe_ext.model.grouped import plan_rows
 from moe_ext.model.moe import ExtendedMoE
 from moe_ext.model.routing import Router, RoutingRule
 from moe_ext.model.rows import NewRows
@@ -118,7 +119,8 @@ class _AllTrainable(nn.Module):
         prob_TX = F.linear(x_TD, self.rows).softmax(-1, dtype=torch.float32)
         weight_TK, expert_TK = prob_TX.topk(self.top_k, dim=-1)
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        return self.bank(x_TD, expert_TK, weight_TK).view_as(hidden_BSD)
+        (plan,) = plan_rows(expert_TK, [(0, len(self.rows))])
+        return self.bank(x_TD, weight_TK, plan).view_as(hidden_BSD)
 
 
 def all_trainable(weights: LayerWeights) -> Peer:

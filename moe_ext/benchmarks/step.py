@@ -15,7 +15,8 @@ under DeepSpeed ZeRO-2. All engines live in one pair of processes and step in tu
   plays no part, both under ZeRO-2; AutoEP shards its experts over the two ranks and trains all of
   them (it refuses to mix).
 
-CPU time is that of both ranks, all threads; a ratio is the median over repetitions.
+CPU time is that of both ranks, all threads; a ratio is the median over repetitions. Of our own steps the
+operations of all matrix products are counted, too, and set against what plain products reach.
 """
 
 import argparse
@@ -32,7 +33,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from moe_ext.benchmarks.host_memory import keep_freed_memory
 from moe_ext.benchmarks.peers import LayerWeights, MoExtendMask, shim_autoep
 from moe_ext.benchmarks.report import Samples, environment, spread, write_json
 
@@ -276,6 +279,26 @@ def _timed(step: Callable[[Sequences], None], sequences: Sequences) -> tuple[flo
     return total.item(), wall
 
 
+def product_rate(dtype: torch.dtype, size: int = 2048, repetitions: int = 5) -> float:
+    """FLOP/s of a product of two square matrices on one thread: the best that this machine does."""
+    a, b = torch.randn(2, size, size).to(dtype).unbind(0)
+    rates = []
+    for _ in range(repetitions):
+        began = time.process_time()
+        torch.mm(a, b)
+        rates.append(2 * size**3 / (time.process_time() - began))
+    return max(rates)
+
+
+def counted_flop(step: Callable[[Sequences], None], sequences: Sequences) -> float:
+    """Operations of the matrix products of one step, attention's included, over both ranks."""
+    with FlopCounterMode(display=False) as counter:
+        step(sequences)
+    total = torch.tensor([counter.get_total_flops()], dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
 def _rank(rank: int, folder: str, dtype_name: str, peers: list[str], repetitions: int) -> None:
     """One of the two processes; rank 0 leaves the samples in `folder`."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
@@ -286,6 +309,7 @@ def _rank(rank: int, folder: str, dtype_name: str, peers: list[str], repetitions
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS,
                             timeout=datetime.timedelta(seconds=1200))  # fmt: skip
     topology = start(ranks_from_environment(), RANKS, timeout_s=1200.0, threads_per_rank=1)
+    keep_freed_memory()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype_name]
     short, full = Sequences(rank, full=False), Sequences(rank, full=True)
     ours = Ours(Path(folder) / "base", dtype, topology)
@@ -309,9 +333,21 @@ def _rank(rank: int, folder: str, dtype_name: str, peers: list[str], repetitions
             if repetition >= 0:
                 samples[name].cpu_s.append(cpu)
                 samples[name].wall_s.append(wall)
+    own = {name: run for name, run in runs.items() if isinstance(run[0], Ours)}
+    flop = {name: counted_flop(engine.step, seen) for name, (engine, seen) in own.items()}
+    peak = product_rate(dtype)
     if rank == 0:
         rows = short.packed()["ids"]
-        result = {"samples": {n: vars(s) for n, s in samples.items()}, "packed_rows": len(rows)}
+        rates = {n: f / spread(samples[n].cpu_s)["median"] for n, f in flop.items()}
+        result = {
+            "samples": {n: vars(s) for n, s in samples.items()},
+            "packed_rows": len(rows),
+            "gemm_peak_gflops": peak / 1e9,
+            "achieved": {
+                n: {"gflops": r / 1e9, "of_peak": r / peak, "flop": flop[n]}
+                for n, r in rates.items()
+            },
+        }
         torch.save(result, f"{folder}/result")
     dist.barrier()
     os._exit(0)  # engines of several kinds do not agree on how to leave
@@ -354,6 +390,9 @@ def main(arguments: Sequence[str]) -> int:
                 if ratio
                 else ""
             )
+            if name in case["achieved"]:
+                rate = case["achieved"][name]
+                text = f"{rate['gflops']:.0f} GFLOP/s, {rate['of_peak']:.0%} of plain products"
             print(f"{dtype}  {name:<18}{1e3 * middle:9.0f} ms CPU a step  {text}", flush=True)
         if chosen.json:
             write_json(chosen.json, "step", settings, cases)

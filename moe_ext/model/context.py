@@ -53,6 +53,8 @@ class RoutingContext:
     """0 marks padding, which is routed nowhere."""
     seen_B: dict[int, Tensor] = field(default_factory=dict)
     """Modality -> (B,) bool: it stood in an earlier part of the sequence (decoding with a cache)."""
+    live_T: Tensor | None = None
+    """(T,) bool: tokens whose gradient can reach something that trains; None is all of them."""
     with_losses: bool = False
     """Record what the balance loss and the z-loss need."""
     records: dict[int, LayerRecord] = field(default_factory=dict)

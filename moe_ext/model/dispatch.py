@@ -3,28 +3,30 @@
 Every token travels at most once to a rank, whatever number of its experts live there, with the
 routing weights and the local expert ids of those experts; the rank returns one row, already summed.
 The payload of one token to one rank is D elements out, D back, and S * (4 + 2) bytes of weights and
-ids. Both exchanges are one autograd function each, with the mirrored exchange as their backward.
-The first one is started early (`send`) and awaited late (`Arriving.wait`): what needs no travelling
-is computed in between.
+ids. Either way is two autograd functions, one that starts the exchange and one that awaits it; in
+backward the second starts the mirrored exchange and the first awaits it. What is computed between
+the two (`send` ... `Arriving.wait`, `give_back` ... `Returning.wait`) overlaps with the exchange in
+both directions: autograd runs what was created last first.
 
 Shape letters: T tokens of this rank, S slots a token, W ranks of the group, P rows sent (token,
-rank pairs), Q rows received.
+rank pairs), Q rows received; p and q those of live tokens.
 
 Liveness. A backward exchange is a collective: it happens on every rank of the group or hangs. So
 each exchange takes an `anchor`, a leaf that requires a gradient and never gets one, which puts its
-node into the graph of every rank even where that rank's own rows need no gradient (a batch without
+nodes into the graph of every rank even where that rank's own rows need no gradient (a batch without
 an image above a frozen trunk). What is live in a layer is decided before training, the same way on
-every rank (`Liveness`), never from one rank's tensors.
+every rank (`Liveness`), never from one rank's tensors. Which *tokens* are live differs by rank: their
+rows travel first, both sides know how many these are, and in backward nothing else travels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_ext.model.experts import NO_EXPERT
-from moe_ext.model.grouped import Bags, sum_by_token
+from moe_ext.model.grouped import NO_EXPERT, Bags, sum_by_token
 
 
 @dataclass
@@ -47,30 +49,68 @@ class Route:
     """Rows a rank of the group."""
     received: list[int]
     rank_P: Tensor
-    """Rank that every row goes to, ascending."""
+    """Rank that every row goes to, ascending; live tokens' rows first, then by token."""
     token_P: Tensor
     """Token of every row sent."""
-    bags: Bags
-    """The rows that every token sends, rank by rank."""
+    num_tokens: int
     group: dist.ProcessGroup
+    live: "Route | None" = None
+    """The same for live tokens alone; None where all are."""
+    live_P: Tensor | None = None
+    """(p,) int64: which of the rows sent are live."""
+    live_q: Tensor | None = None
+    """(q,) int64: which of the rows received are live."""
+
+    @cached_property
+    def bags(self) -> Bags:
+        """The rows that every token sends, rank by rank."""
+        count_T = self.token_P.new_zeros(self.num_tokens)
+        count_T.index_add_(0, self.token_P, torch.ones_like(self.token_P))
+        return Bags(torch.argsort(self.token_P, stable=True), count_T.cumsum(0) - count_T)
+
+    @cached_property
+    def live_Q(self) -> Tensor | None:
+        """(Q,) bool: which of the rows received are live; None where all are."""
+        if self.live_q is None:
+            return None
+        live_Q = self.live_q.new_zeros(sum(self.received), dtype=torch.bool)
+        return live_Q.index_fill_(0, self.live_q, True)
 
 
-def plan_route(expert_TS: Tensor, owner_TS: Tensor, group: dist.ProcessGroup) -> Route:
+def plan_route(
+    expert_TS: Tensor, owner_TS: Tensor, group: dist.ProcessGroup, live_T: Tensor | None = None
+) -> Route:
     """Which tokens go where; exchanges the counts, a collective of `group`.
 
-    `owner_TS` is the rank of the group that holds the slot's expert; negative: nobody's, not sent.
+    Args:
+        owner_TS: the rank of the group that holds the slot's expert; negative: nobody's, not sent.
+        live_T: this rank's tokens whose gradient matters; None is all.
     """
-    world = dist.get_world_size(group)
+    world, num_tokens = dist.get_world_size(group), len(expert_TS)
     ranks_W = torch.arange(world, device=expert_TS.device)
     goes_WT = (owner_TS.unsqueeze(0) == ranks_W.view(-1, 1, 1)).any(-1)
-    rank_P, token_P = goes_WT.nonzero(as_tuple=True)  # ordered by rank, then token
-    count_T = goes_WT.sum(0)
-    bags = Bags(torch.argsort(token_P, stable=True), count_T.cumsum(0) - count_T)
-    sent_W = goes_WT.sum(1)
-    received_W = torch.empty_like(sent_W)
-    dist.all_to_all_single(received_W, sent_W, group=group)
-    sent, received = torch.stack([sent_W, received_W]).tolist()
-    return Route(sent, received, rank_P, token_P, bags, group)
+    live_WT = goes_WT if live_T is None else goes_WT & live_T
+    count_W2 = torch.stack([live_WT.sum(1), goes_WT.sum(1)], dim=1)
+    received_W2 = torch.empty_like(count_W2)
+    dist.all_to_all_single(received_W2, count_W2, group=group)
+    sent_live, sent, received_live, received = torch.cat([count_W2, received_W2], 1).t().tolist()
+    # every rank's live rows stand before its others
+    parts_W2T = torch.stack([live_WT, goes_WT & ~live_WT], dim=1).flatten(0, 1)
+    part_P, token_P = torch.nonzero_static(parts_W2T, size=sum(sent)).unbind(1)
+    rank_P = part_P // 2
+    route = Route(sent, received, rank_P, token_P, num_tokens, group)
+    if (sent_live, received_live) != (sent, received):
+        route.live_P, route.live_q = _heads(sent, sent_live), _heads(received, received_live)
+        route.live_P, route.live_q = (t.to(token_P.device) for t in (route.live_P, route.live_q))
+        rank_p, token_p = rank_P[route.live_P], token_P[route.live_P]
+        route.live = Route(sent_live, received_live, rank_p, token_p, num_tokens, group)
+    return route
+
+
+def _heads(lengths: list[int], heads: list[int]) -> Tensor:
+    """int64: in blocks of these lengths, one after the other, the first so many entries of each."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return torch.cat([torch.arange(s, s + n) for s, n in zip(starts, heads, strict=True)])
 
 
 class _Flight:
@@ -114,50 +154,107 @@ def _unpack(packed: Tensor, *columns: tuple[int, torch.dtype]) -> list[Tensor]:
     return out
 
 
-class _Arrive(torch.autograd.Function):
-    """Tokens, weights and ids at their ranks; the gradients of tokens and weights go back.
+@dataclass
+class _Exchange:
+    """What the two functions of one exchange share: the flights under way, forward or backward."""
 
-    The forward exchange is under way (`flight`); its inputs are here for their gradients.
+    route: Route
+    flights: list[_Flight] = field(default_factory=list)
+
+    @property
+    def of_live(self) -> Route:
+        return self.route.live or self.route
+
+    def start(self, rows: Tensor, sent: list[int], received: list[int]) -> None:
+        self.flights.append(_Flight(rows, sent, received, self.route.group))
+
+    def wait(self) -> list[Tensor]:
+        """What has arrived, in the order of the starts."""
+        arrived = [flight.wait() for flight in self.flights]
+        self.flights.clear()
+        return arrived
+
+
+class _Send(torch.autograd.Function):
+    """Starts tokens, weights and ids on their way; in backward awaits the gradients.
+
+    The result is empty: it ties this function to `_Arrive` in the graph.
     """
 
     @staticmethod
-    def forward(ctx, x_TD, weight_PS, flight, route, live_input, anchor):
-        ctx.route, ctx.live_input = route, live_input
-        ctx.rows = (x_TD.shape[1], x_TD.dtype)
-        ctx.weights = (weight_PS.shape[1], weight_PS.dtype)
-        weight_QS, x_QD, expert_QS = _unpack(
-            flight.wait(), ctx.weights, ctx.rows, (weight_PS.shape[1], torch.int16)
-        )
+    def forward(ctx, x_TD, weight_PS, expert_PS, exchange, anchor):
+        ctx.exchange, route = exchange, exchange.route
+        exchange.start(x_TD.index_select(0, route.token_P), route.sent, route.received)
+        exchange.start(_pack(weight_PS, expert_PS), route.sent, route.received)
+        return x_TD.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        route, live = ctx.exchange.route, ctx.exchange.of_live
+        grad_weight_pS, *grad_x_pD = ctx.exchange.wait()
+        grad_x_TD = sum_by_token(grad_x_pD[0], live.bags) if grad_x_pD else None
+        grad_weight_PS = _spread(grad_weight_pS, route.live_P, sum(route.sent))
+        return grad_x_TD, grad_weight_PS, None, None, None
+
+
+class _Arrive(torch.autograd.Function):
+    """Tokens, weights and ids at their ranks; in backward starts their gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx, sent, exchange, num_slots, live_input):
+        ctx.exchange, ctx.live_input = exchange, live_input
+        x_QD, packed = exchange.wait()
+        weight_QS, expert_QS = _unpack(packed, (num_slots, torch.float32), (num_slots, torch.int16))
         unmarked = (expert_QS,) if live_input else (x_QD, expert_QS)
         ctx.mark_non_differentiable(*unmarked)
         return x_QD, weight_QS, expert_QS
 
     @staticmethod
     def backward(ctx, grad_x_QD, grad_weight_QS, _):
-        route = ctx.route
-        columns = [grad_weight_QS, grad_x_QD] if ctx.live_input else [grad_weight_QS]
-        packed = _Flight(_pack(*columns), route.received, route.sent, route.group).wait()
-        if not ctx.live_input:
-            (grad_weight_PS,) = _unpack(packed, ctx.weights)
-            return None, grad_weight_PS, None, None, None, None
-        grad_weight_PS, grad_x_PD = _unpack(packed, ctx.weights, ctx.rows)
-        return sum_by_token(grad_x_PD, route.bags), grad_weight_PS, None, None, None, None
+        live, live_q = ctx.exchange.of_live, ctx.exchange.route.live_q
+        for grad in (grad_weight_QS, grad_x_QD) if ctx.live_input else (grad_weight_QS,):
+            rows = grad if live_q is None else grad.index_select(0, live_q)
+            ctx.exchange.start(rows, live.received, live.sent)
+        return grad_weight_QS.new_empty(0), None, None, None
 
 
 class _GiveBack(torch.autograd.Function):
-    """Result rows to the ranks that asked for them, summed by token."""
+    """Starts result rows on their way back; in backward awaits their gradients."""
 
     @staticmethod
-    def forward(ctx, y_QD, route, anchor):
-        ctx.route = route
-        y_PD = _Flight(y_QD, route.received, route.sent, route.group).wait()
-        return sum_by_token(y_PD, route.bags)
+    def forward(ctx, y_QD, exchange, anchor):
+        ctx.exchange, route = exchange, exchange.route
+        exchange.start(y_QD, route.received, route.sent)
+        return y_QD.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        route = ctx.exchange.route
+        (grad_qD,) = ctx.exchange.wait()
+        return _spread(grad_qD, route.live_q, sum(route.received)), None, None
+
+
+class _Return(torch.autograd.Function):
+    """Results of all ranks, summed by token; in backward starts their gradients on the way."""
+
+    @staticmethod
+    def forward(ctx, sent, exchange):
+        ctx.exchange = exchange
+        (y_PD,) = exchange.wait()
+        return sum_by_token(y_PD, exchange.route.bags)
 
     @staticmethod
     def backward(ctx, grad_TD):
-        route = ctx.route
-        grad_PD = grad_TD.index_select(0, route.token_P)
-        return _Flight(grad_PD, route.sent, route.received, route.group).wait(), None, None
+        live = ctx.exchange.of_live
+        ctx.exchange.start(grad_TD.index_select(0, live.token_P), live.sent, live.received)
+        return grad_TD.new_empty(0), None
+
+
+def _spread(rows: Tensor, where: Tensor | None, number: int) -> Tensor:
+    """So many rows, these at their places and zeros elsewhere; with `where` None they are all."""
+    if where is None:
+        return rows
+    return rows.new_zeros(number, *rows.shape[1:]).index_copy_(0, where, rows)
 
 
 @dataclass
@@ -172,6 +269,17 @@ class Arriving:
         return x_QD, expert_QS.to(torch.int64), weight_QS
 
 
+@dataclass
+class Returning:
+    """Results on their way back to this rank."""
+
+    _inputs: tuple
+
+    def wait(self) -> Tensor:
+        """(T, D): the results of all ranks for this rank's tokens, summed by token."""
+        return _Return.apply(*self._inputs)
+
+
 def send(
     x_TD: Tensor,
     expert_TS: Tensor,
@@ -180,7 +288,7 @@ def send(
     route: Route,
     liveness: Liveness,
 ) -> Arriving:
-    """Starts the exchange of tokens, ids (logical, below 2^15) and weights; a collective.
+    """Starts the exchange of tokens, ids (logical, below 2^15) and weights (fp32); a collective.
 
     `liveness`: which inputs need a gradient on any rank; equal on all ranks of the group.
     """
@@ -188,15 +296,17 @@ def send(
     owned_PS = owner_TS[token_P] == route.rank_P.unsqueeze(1)
     expert_PS = torch.where(owned_PS, expert_TS[token_P], NO_EXPERT).to(torch.int16)
     weight_PS = weight_TS[token_P] * owned_PS
-    packed = _pack(weight_PS.detach(), x_TD.detach().index_select(0, token_P), expert_PS)
-    flight = _Flight(packed, route.sent, route.received, route.group)
+    exchange = _Exchange(route)
     anchor = _anchor(x_TD, liveness.input or liveness.weight)
-    return Arriving((x_TD, weight_PS, flight, route, liveness.input, anchor))
+    sent = _Send.apply(x_TD, weight_PS, expert_PS, exchange, anchor)
+    return Arriving((sent, exchange, expert_TS.shape[1], liveness.input))
 
 
-def give_back(y_QD: Tensor, route: Route, liveness: Liveness) -> Tensor:
-    """(T, D): the results of all ranks for this rank's tokens, summed by token; a collective."""
-    return _GiveBack.apply(y_QD, route, _anchor(y_QD, liveness.output))
+def give_back(y_QD: Tensor, route: Route, liveness: Liveness) -> Returning:
+    """Starts the exchange of the results; a collective."""
+    exchange = _Exchange(route)
+    sent = _GiveBack.apply(y_QD, exchange, _anchor(y_QD, liveness.output))
+    return Returning((sent, exchange))
 
 
 def _anchor(like: Tensor, live: bool) -> Tensor | None:

@@ -38,14 +38,10 @@ from moe_ext.model.grouped import (
     grouped_linear_backward_input,
     grouped_linear_backward_weight,
     multiplies_groups,
-    plan_rows,
     sum_by_expert,
     sum_by_token,
 )
 from moe_ext.model.packed import Packed, packed_shapes
-
-NO_EXPERT = -1
-"""Id of an empty slot."""
 
 
 def _linear_gate_up(
@@ -76,7 +72,7 @@ class _BankFunction(torch.autograd.Function):
     """Gather rows, two grouped GEMMs, sum by token. See the module's docstring."""
 
     @staticmethod
-    def forward(ctx, x_TD, weight_TS, gate_up, down, gate_up_bias, down_bias, plan, shape, token_U):
+    def forward(ctx, x_TD, weight_TS, gate_up, down, gate_up_bias, down_bias, plan, shape, some):
         weight_R = weight_TS.reshape(-1).index_select(0, plan.row_slot)
         packed = (gate_up, down) if isinstance(gate_up, Packed) else None
         parts = _parts(plan, x_TD, shape, packed is not None)
@@ -93,14 +89,18 @@ class _BankFunction(torch.autograd.Function):
                 out_rD += part.spread(down_bias)
             if len(parts) == 1:
                 h_R2I, out_RD = h_r2I, out_rD
-        ctx.plan, ctx.shape, ctx.token_U = plan, shape, token_U
-        ctx.weight_shape = weight_TS.shape
+        y_UD = sum_by_token(out_RD, plan.bags.of(plan.token_U if some else None), weight_R)
         trains = gate_up.requires_grad
+        ctx.forward_plan, ctx.plan, ctx.shape, ctx.some = plan, plan, shape, some
+        ctx.weight_shape = weight_TS.shape
+        if plan.live is not None and not trains and any(ctx.needs_input_grad):
+            ctx.plan = plan.live
+            h_R2I, weight_R = (t.index_select(0, plan.live_row_r) for t in (h_R2I, weight_R))
         ctx.packed, weights = packed, (None, None) if packed else (gate_up, down)
         ctx.save_for_backward(
             x_TD if trains else None, h_R2I, weight_R, *weights, gate_up_bias, down_bias
         )
-        return sum_by_token(out_RD, plan.bags.of(token_U), weight_R)
+        return y_UD
 
     @staticmethod
     def backward(ctx, grad_UD):
@@ -109,11 +109,10 @@ class _BankFunction(torch.autograd.Function):
         plan, shape = ctx.plan, ctx.shape
         x_live, weight_live, bank_live = ctx.needs_input_grad[:3]
         parts = _parts(plan, grad_UD, shape, ctx.packed is not None)
-        row_place = plan.row_place(ctx.token_U)
+        row_place = ctx.forward_plan.place(plan.row_token) if ctx.some else plan.row_token
         grad_bank: list[Tensor | None] = [None] * 4
         if bank_live:
-            tensors = (gate_up, down, gate_up_bias, down_bias)
-            grad_bank = [None if t is None else torch.empty_like(t) for t in tensors]
+            grad_bank = _allocated((gate_up, down, gate_up_bias, down_bias), parts)
         (grad_x_RD,) = _buffers(parts, grad_UD, shape.hidden_dim)
         grad_weight_R = torch.empty_like(weight_R)
         inner = weight_R.dtype if weight_live else None
@@ -143,12 +142,21 @@ class _BankFunction(torch.autograd.Function):
         return grad_x_TD, grad_weight_TS, *grad_bank, None, None, None
 
 
+def _allocated(tensors: tuple[Tensor | None, ...], parts: list[Part]) -> list[Tensor | None]:
+    """What the weights' gradients are written to; a grouped GEMM brings the matrices' own."""
+    grouped = parts[0].count_list is None
+    return [
+        None if t is None or (grouped and t.dim() == 3) else torch.empty_like(t) for t in tensors
+    ]
+
+
 def _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part: Part, apart: bool) -> None:
     """Writes the part's weight and bias gradients; overwrites `x_rD` and `grad_rD`."""
     gate_up, down, gate_up_bias, down_bias = grad_bank
     x_rD.mul_(scale_r1)
     grad_rD.mul_(scale_r1)
     if apart:
+        assert gate_up is not None
         halves = zip(gate_and_up(grads.h_R2I, True), gate_up.chunk(2, dim=1), strict=True)
         for half, its_gradient in halves:
             grouped_linear_backward_weight(half, x_rD, part, its_gradient)
@@ -161,10 +169,12 @@ def _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part: Part, apart
 
 
 def _parts(plan: RowPlan, like: Tensor, shape: ExpertShape, packed: bool) -> list[Part]:
-    """The rows in parts that fit the caches; all at once on a device with grouped GEMMs."""
+    """The rows in parts that fit a processor's caches; all at once on other devices."""
     widths = (shape.hidden_dim, shape.intermediate_dim)
+    if like.device.type == "cpu":
+        return plan.parts(2 * shape.intermediate_dim * like.element_size())
     groups = not packed and multiplies_groups(like, plan.row_slot.numel(), *widths)
-    return plan.parts(2 * shape.intermediate_dim * like.element_size(), loops=not groups)
+    return [plan.part(loops=not groups)]
 
 
 def _buffers(parts: list[Part], like: Tensor, *widths: int) -> list[Tensor | None]:
@@ -177,15 +187,6 @@ def _buffers(parts: list[Part], like: Tensor, *widths: int) -> list[Tensor | Non
 
 def _rows(buffer: Tensor | None, rows: slice) -> Tensor | None:
     return None if buffer is None else buffer[rows]
-
-
-def no_rows(x_TD: Tensor, weight_TS: Tensor, token_U: Tensor | None) -> Tensor:
-    """Zeros for a rank that holds no expert of the bank, still a function of both inputs: the
-    exchange that brought them has a backward, in which all ranks take part or wait for ever."""
-    num_tokens = len(x_TD) if token_U is None else len(token_U)
-    nothing = x_TD[:0] * weight_TS[:0, :1].to(x_TD.dtype)
-    where = torch.empty(0, dtype=torch.int64, device=x_TD.device)
-    return x_TD.new_zeros(num_tokens, x_TD.shape[1]).index_add(0, where, nothing)
 
 
 class Bank(nn.Module):
@@ -238,25 +239,16 @@ class Bank(nn.Module):
             else:
                 self.register_buffer(name, tensor, persistent=False)
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        local_TS: Tensor,
-        weight_TS: Tensor,
-        token_U: Tensor | None = None,
-    ) -> Tensor:
-        """(T, D): the weighted sum of the outputs of the experts held here.
+    def forward(self, x_TD: Tensor, weight_TS: Tensor, plan: RowPlan, some: bool = False) -> Tensor:
+        """(T, D): the weighted sum of the outputs of the experts held here, by token.
 
-        With `token_U` only those of these tokens, (U, D); no other token may have chosen any.
-        Ids in `local_TS` count the experts held here from 0; any id outside is skipped. With no row
-        at all the result is zero and still depends on every trainable tensor: a rank whose tokens
-        choose no expert takes part in the gradient reduction like all others.
+        With `some` only the rows of the tokens that chose any of them, (U, D), in order.
+        Without any row the result is zero and still depends on both inputs and on every trainable
+        tensor: a rank whose tokens choose no expert, or that holds none, takes part in the exchange
+        and in the gradient reduction like all others.
         """
-        if not self.expert_ids:
-            return no_rows(x_TD, weight_TS, token_U)
-        plan = plan_rows(local_TS, len(self.expert_ids))
         tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        return _BankFunction.apply(x_TD, weight_TS, *tensors, plan, self.shape, token_U)
+        return _BankFunction.apply(x_TD, weight_TS, *tensors, plan, self.shape, some)
 
 
 class FrozenBank(Bank):

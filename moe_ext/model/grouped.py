@@ -4,6 +4,7 @@ Shape letters: T tokens, S slots a token, R rows = chosen (token, expert) pairs,
 E experts of the bank held here, O and I a matrix's output and input width, D hidden width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ext.model.packed import Packed
+
+NO_EXPERT = -1
+"""Id of an empty slot."""
 
 CACHED_BYTES = 4 << 20
 """On a CPU rows are worked on in parts of about this size, which its caches hold."""
@@ -55,31 +59,51 @@ class RowPlan:
     """(R,) int64: flat position in (T, S) of every row."""
     row_token: Tensor
     """(R,) int64."""
-    bags: Bags
-    """The rows of every token, slot by slot."""
     counts: Tensor
     """(E,) int64: rows of every expert."""
+    count_list: list[int]
+    """The same on the host."""
+    has_T: Tensor
+    """(T,) bool: the token has rows."""
+    num_tokens: int
+    """Tokens that have rows."""
+    live: "RowPlan | None" = None
+    """The same for live tokens alone; None where all are."""
+    live_T: Tensor | None = None
 
     @cached_property
-    def count_list(self) -> list[int]:
-        return self.counts.tolist()
+    def live_row_r(self) -> Tensor:
+        """(r,) int64: which rows are those of `live`, ascending."""
+        assert self.live is not None and self.live_T is not None
+        live_R = self.live_T.index_select(0, self.row_token)
+        return torch.nonzero_static(live_R, size=self.live.row_slot.numel()).squeeze(1)
 
-    def row_place(self, token_U: Tensor | None) -> Tensor:
-        """(R,) int64: where among `token_U` a row's token stands; None is all tokens."""
-        if token_U is None:
-            return self.row_token
-        place_T = torch.empty_like(self.bags.start)
-        place_T[token_U] = torch.arange(token_U.numel(), device=token_U.device)
-        return place_T.index_select(0, self.row_token)
+    @cached_property
+    def token_U(self) -> Tensor:
+        """(U,) int64: the tokens that have rows, ascending."""
+        return torch.nonzero_static(self.has_T, size=self.num_tokens).squeeze(1)
 
-    def parts(self, row_bytes: int, loops: bool) -> list[Part]:
-        """Neighbouring experts whose rows, of `row_bytes` each, fit the processor's caches.
+    @cached_property
+    def bags(self) -> Bags:
+        """The rows of every token, slot by slot."""
+        count_T = torch.zeros_like(self.has_T, dtype=torch.int64)
+        count_T.index_add_(0, self.row_token, torch.ones_like(self.row_token))
+        return Bags(torch.argsort(self.row_slot), count_T.cumsum(0) - count_T)
 
-        One part where the device multiplies groups by itself (`loops` false).
-        """
-        if not loops:
-            everything = slice(0, self.row_slot.numel())
-            return [Part(everything, slice(0, len(self.counts)), self.counts, None)]
+    def place(self, token_r: Tensor) -> Tensor:
+        """Where tokens that have rows stand in `token_U`."""
+        return (self.has_T.cumsum(0) - 1).index_select(0, token_r)
+
+    def part(self, loops: bool) -> Part:
+        """All rows; `loops`: expert by expert, else the device multiplies groups by itself."""
+        everything = slice(0, self.row_slot.numel())
+        counts = self.count_list if loops else None
+        return Part(everything, slice(0, len(self.counts)), self.counts, counts)
+
+    def parts(self, row_bytes: int) -> list[Part]:
+        """Neighbouring experts whose rows, of `row_bytes` each, fit the processor's caches."""
+        if not self.count_list:
+            return [self.part(loops=True)]
         counts, most = self.count_list, max(1, CACHED_BYTES // row_bytes)
         parts, first_row, first = [], 0, 0
         num_rows = 0
@@ -93,23 +117,49 @@ class RowPlan:
         return parts
 
 
-def plan_rows(local_TS: Tensor, num_experts: int) -> RowPlan:
-    """Rows of the slots whose id lies in [0, num_experts); all other ids are somebody else's."""
-    mine_TS = (local_TS >= 0) & (local_TS < num_experts)
-    slots = mine_TS.reshape(-1).nonzero().squeeze(1)
-    chosen = local_TS.reshape(-1)[slots]
+def plan_rows(
+    expert_TS: Tensor, runs: Sequence[tuple[int, int]], live_T: Tensor | None = None
+) -> list[RowPlan]:
+    """The rows of some banks: a plan for each run of ids (first id, number of ids) in `runs`.
+
+    Ids outside all runs are somebody else's. All plans together wait for the device once.
+
+    Args:
+        live_T: tokens whose gradient matters; None is all.
+    """
+    num_slots, device = expert_TS.shape[1], expert_TS.device
     # stable sort: rows of one expert keep token order, or resume is not bit-exact
-    order = torch.argsort(chosen, stable=True)
-    row_slot = slots[order]
-    row = torch.empty_like(order)
-    row[order] = torch.arange(order.numel(), device=order.device)
-    count_T = mine_TS.sum(1)
-    return RowPlan(
-        row_slot,
-        row_slot // local_TS.shape[1],
-        Bags(row, count_T.cumsum(0) - count_T),
-        torch.bincount(chosen, minlength=num_experts),
+    sorted_id, order = torch.sort(expert_TS.reshape(-1), stable=True)
+    ids = [torch.arange(first, first + number, device=device) for first, number in runs]
+    first_E = torch.searchsorted(sorted_id, torch.cat(ids))
+    counts_E = torch.searchsorted(sorted_id, torch.cat(ids), right=True) - first_E
+    has_BT = torch.stack(
+        [((expert_TS >= first) & (expert_TS < first + n)).any(1) for first, n in runs]
     )
+    known = torch.cat([first_E, counts_E, has_BT.sum(1)]).tolist()
+    lengths = [number for _, number in runs]
+    total, plans, done = sum(lengths), [], 0
+    for bank, number in enumerate(lengths):
+        mine = slice(done, done + number)
+        done += number
+        count_list = known[total:][mine]
+        begin = known[mine.start] if number else 0
+        row_slot = order[begin : begin + sum(count_list)]
+        plans.append(
+            RowPlan(
+                row_slot,
+                row_slot // num_slots,
+                counts_E[mine],
+                count_list,
+                has_BT[bank],
+                known[2 * total + bank],
+            )
+        )
+    if live_T is not None:
+        closed_TS = expert_TS.masked_fill(~live_T.unsqueeze(1), NO_EXPERT)
+        for plan, live in zip(plans, plan_rows(closed_TS, runs), strict=True):
+            plan.live, plan.live_T = live, live_T
+    return plans
 
 
 def sum_by_token(rows_RD: Tensor, bags: Bags, weight_R: Tensor | None = None) -> Tensor:
@@ -177,7 +227,9 @@ def grouped_linear_backward_weight(
     `out` has all experts of the bank and the part's are written; a grouped GEMM brings its own.
     """
     if part.count_list is None:
-        return F.grouped_mm(grad.t(), rows, offs=part.counts.cumsum(0).to(torch.int32))
+        out = F.grouped_mm(grad.t(), rows, offs=part.counts.cumsum(0).to(torch.int32))
+        # some devices leave an idle expert's gradient unwritten
+        return out.masked_fill_((part.counts == 0).view(-1, 1, 1), 0)
     assert out is not None
     counts = part.count_list
     for into, mine, x in zip(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from moe_ext.config import Placement
 from moe_ext.model.activations import ExpertShape, activate
-from moe_ext.model.experts import Bank, no_rows
-from moe_ext.model.grouped import plan_rows, sum_by_token
+from moe_ext.model.experts import Bank
+from moe_ext.model.grouped import RowPlan, sum_by_token
 
 
 class LoraBank(Bank):
@@ -58,29 +58,20 @@ class LoraBank(Bank):
         for a in (self.gate_up_a[slot], self.down_a[slot]):
             a.copy_(torch.randn(a.shape, generator=stream) * a.shape[-1] ** -0.5)
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        local_TS: Tensor,
-        weight_TS: Tensor,
-        token_U: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, weight_TS: Tensor, plan: RowPlan, some: bool = False) -> Tensor:
         """As `Bank.forward`. Autograd sees the source as data: no weight gradient."""
-        if not self.expert_ids:
-            return no_rows(x_TD, weight_TS, token_U)
-        plan = plan_rows(local_TS, len(self.expert_ids))
         x_RD = x_TD.index_select(0, plan.row_token)
         weight_R = weight_TS.reshape(-1).index_select(0, plan.row_slot)
         counts = plan.count_list
         # unbind: an index into a trainable stack in a loop has a backward quadratic in n
         matrices = [t.unbind(0) for t in (self.gate_up_a, self.gate_up_b, self.down_a, self.down_b)]
-        out = []
+        out = [x_RD[:0] * weight_R[:0].to(x_RD.dtype).unsqueeze(1)]  # in the graph without experts
         # an expert without rows stays in the graph with zero rows
         for slot, (x, weight) in enumerate(
             zip(x_RD.split(counts), weight_R.split(counts), strict=True)
         ):
             out.append(self._expert(slot, x, weight, *(matrix[slot] for matrix in matrices)))
-        return sum_by_token(torch.cat(out), plan.bags.of(token_U))
+        return sum_by_token(torch.cat(out), plan.bags.of(plan.token_U if some else None))
 
     def _expert(
         self,

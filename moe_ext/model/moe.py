@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 from moe_ext.config import Placement
 from moe_ext.model.context import ContextHolder, text_context
 from moe_ext.model.dispatch import Liveness, give_back, plan_route, send
-from moe_ext.model.experts import NO_EXPERT, Bank, FrozenBank
+from moe_ext.model.experts import Bank, FrozenBank
+from moe_ext.model.grouped import NO_EXPERT, RowPlan, plan_rows
 from moe_ext.model.placement import owners
 from moe_ext.model.routing import Router
 from moe_ext.model.rows import NewRows
@@ -129,16 +130,17 @@ class ExtendedMoE(nn.Module):
         if context is None:
             context = text_context(batch, length, x_TD.device)
         routing = self.router(x_TD, context, self.layer_index)
-        y_TD = self._experts(x_TD, routing.expert_TS, routing.weight_TS)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        y_TD = self._experts(x_TD, routing.expert_TS, routing.weight_TS, context.live_T)
         y_BSD = y_TD.view(batch, length, dim)
         return (y_BSD, None) if self.returns_tuple else y_BSD
 
-    def _experts(self, x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor) -> Tensor:
-        """(T, D): sharded experts through the exchange, replicated ones where their tokens are.
+    def _experts(
+        self, x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor, live_T: Tensor | None = None
+    ) -> Tensor:
+        """(T, D): sharded experts through the exchange, all others where their tokens are.
 
-        What stays is computed while the tokens travel, and added when they are back.
+        The shared experts are computed while tokens travel, replicated ones while results do; in
+        backward likewise, while the gradients of these do.
         """
         travel = self.travelling
         stay = [bank for bank in self.banks if bank not in travel]
@@ -147,43 +149,46 @@ class ExtendedMoE(nn.Module):
             physical_TS = self.physical_of[expert_TS.clamp(min=0)]
             expert_TS = physical_TS.masked_fill(expert_TS < 0, NO_EXPERT)
         if not travel:
-            return _sum_banks(x_TD, expert_TS, weight_TS, stay)
+            y_TD = _sum_banks(x_TD, expert_TS, weight_TS, stay, live_T)
+            return y_TD if self.shared is None else y_TD + self.shared(x_TD)
         self.owner_of = self.owner_of.to(x_TD.device)
         owner_TS = self.owner_of[expert_TS.clamp(min=0)]
         owner_TS = owner_TS.masked_fill(expert_TS < 0, NO_EXPERT)
-        route = plan_route(expert_TS, owner_TS, self.ep_group)
+        route = plan_route(expert_TS, owner_TS, self.ep_group, live_T)
         arriving = send(x_TD, expert_TS, weight_TS, owner_TS, route, self.liveness)
-        stayed = [_chosen_rows(x_TD, expert_TS, weight_TS, bank) for bank in stay]
+        shared_TD = None if self.shared is None else self.shared(x_TD)
         x_QD, expert_QS, weight_QS = arriving.wait()
-        y_QD = _sum_banks(x_QD, expert_QS, weight_QS, travel)
-        y_TD = give_back(y_QD, route, self.liveness)
-        for token_U, rows_UD in stayed:
-            y_TD.index_add_(0, token_U, rows_UD)
-        return y_TD
+        y_QD = _sum_banks(x_QD, expert_QS, weight_QS, travel, route.live_Q)
+        returning = give_back(y_QD, route, self.liveness)
+        plans = _plans(expert_TS, stay, live_T)
+        stayed = [
+            bank(x_TD, weight_TS, plan, some=True) for bank, plan in zip(stay, plans, strict=True)
+        ]
+        y_TD = returning.wait()
+        for plan, rows_UD in zip(plans, stayed, strict=True):
+            y_TD.index_add_(0, plan.token_U, rows_UD)
+        return y_TD if shared_TD is None else y_TD + shared_TD
 
 
-def _sum_banks(x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor, banks: list[Bank]) -> Tensor:
+def _plans(expert_TS: Tensor, banks: list[Bank], live_T: Tensor | None) -> list[RowPlan]:
+    runs = [(bank.first_held, len(bank.expert_ids)) for bank in banks]
+    return plan_rows(expert_TS, runs, live_T) if banks else []
+
+
+def _sum_banks(
+    x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor, banks: list[Bank], live_T: Tensor | None
+) -> Tensor:
     """(T, D): the sum of the banks' outputs.
 
     A bank after the first is added only to the tokens that chose it: no work for the others, and a
     token without a new expert keeps its bits. A bank nobody chose computes zero rows and stays in
     the graph.
     """
-    y_TD = banks[0](x_TD, expert_TS - banks[0].first_held, weight_TS)
-    for bank in banks[1:]:
-        token_U, rows_UD = _chosen_rows(x_TD, expert_TS, weight_TS, bank)
-        y_TD.index_add_(0, token_U, rows_UD)
+    plans = _plans(expert_TS, banks, live_T)
+    y_TD = banks[0](x_TD, weight_TS, plans[0])
+    for bank, plan in zip(banks[1:], plans[1:], strict=True):
+        y_TD.index_add_(0, plan.token_U, bank(x_TD, weight_TS, plan, some=True))
     return y_TD
-
-
-def _chosen_rows(
-    x_TD: Tensor, expert_TS: Tensor, weight_TS: Tensor, bank: Bank
-) -> tuple[Tensor, Tensor]:
-    """The tokens that chose the bank (U,), and its outputs for them (U, D)."""
-    local_TS = expert_TS - bank.first_held
-    chosen_TS = (local_TS >= 0) & (local_TS < len(bank.expert_ids)) & (expert_TS >= 0)
-    token_U = chosen_TS.any(1).nonzero().squeeze(1)
-    return token_U, bank(x_TD, local_TS, weight_TS, token_U)
 
 
 def extended_layers(lm: nn.Module) -> dict[int, ExtendedMoE]:

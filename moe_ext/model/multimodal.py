@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import DynamicCache, PreTrainedModel
 
 from moe_ext.batch import IGNORED_LABEL, Batch
+from moe_ext.config import Scope
 from moe_ext.model.context import RoutingContext
 from moe_ext.model.dispatch import Liveness
+from moe_ext.model.head import target_nll
 from moe_ext.model.masks import decoder_mask
 from moe_ext.model.moe import extended_layers
 
@@ -74,6 +75,8 @@ class MultimodalMoE(nn.Module):
         (self.holder,) = {layer.holder for layer in extended_layers(lm).values()}
         self.encoders = dict(encoders)
         self.modality_of = {name: 1 + i for i, name in enumerate(connectors)}
+        self.live_from: tuple[int, ...] | None = None
+        """Modalities from whose first token on a token is live; None: every token is."""
         if activation_checkpointing:
             for layer in lm.model.layers:
                 layer.forward = partial(
@@ -96,6 +99,10 @@ class MultimodalMoE(nn.Module):
             with_losses: record what the balance loss and the z-loss need.
         """
         context = RoutingContext(batch.modality_ids, batch.segment_ids, with_losses=with_losses)
+        if mask is None and self.live_from is not None and torch.is_grad_enabled():
+            live_T = context.allowed_T(Scope.preserve, self.live_from)
+            if not (live_T | ~context.valid_T).all():
+                context.live_T = live_T
         embedding_BSD = self.embed(batch)
         seen = attention_mask(batch) if mask is None else mask
         taken = decoder_mask(self.lm.config, seen, batch.position_ids, embedding_BSD.dtype)
@@ -110,15 +117,18 @@ class MultimodalMoE(nn.Module):
         flat = batch.labels.reshape(-1)
         target_Z = (flat != IGNORED_LABEL).nonzero().squeeze(1)
         # only the targets' rows reach the vocabulary: a sliced (B, S, D) tensor is slow in bf16
-        logits_ZV = self.logits(hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[target_Z])
-        nll_Z = F.cross_entropy(logits_ZV.float(), flat[target_Z], reduction="none")
+        hidden_ZD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[target_Z]
+        nll_Z = target_nll(hidden_ZD, self.lm.lm_head, flat[target_Z], self.logits_divisor)
         return Output(nll_Z, target_Z, context)
+
+    @property
+    def logits_divisor(self) -> float:
+        return getattr(self.lm.config, "logits_scaling", 1.0)
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(..., V) in the model's dtype."""
-        scaling = getattr(self.lm.config, "logits_scaling", 1.0)
         logits = self.lm.lm_head(hidden_D)
-        return logits if scaling == 1.0 else logits / scaling
+        return logits if self.logits_divisor == 1.0 else logits / self.logits_divisor
 
     def features(self, modality: int, media: Tensor) -> Tensor:
         """(M, P, F) of the frozen encoder; no rows, no call. `media` may be such features already."""
@@ -169,6 +179,8 @@ class MultimodalMoE(nn.Module):
         """Tell every extended layer what a gradient flows to. Call after choosing what trains.
 
         It is read off which parameters train, the same on all ranks, and never off a rank's data.
+        Tokens are another matter: one that stands before everything trainable, in all layers, has no
+        gradient that would be of use, and an exchange in backward leaves it out (`live_from`).
         """
         below = any(p.requires_grad for p in self.connectors.parameters())
         below |= any(p.requires_grad for p in self.lm.get_input_embeddings().parameters())
@@ -178,6 +190,25 @@ class MultimodalMoE(nn.Module):
             weight = below or router
             layer.liveness = Liveness(input=below, weight=weight, output=weight or travels)
             below |= router or any(p.requires_grad for p in layer.parameters())
+        self.live_from = self._live_from()
+
+    def _live_from(self) -> tuple[int, ...] | None:
+        """Connectors reach a token from their modality's first one on, and so do new experts whose
+        scope looks back; whatever else trains may reach every token."""
+        modalities, known = set(), set()
+        for name, connector in self.connectors.items():
+            if any(p.requires_grad for p in connector.parameters()):
+                modalities.add(self.modality_of[name])
+        for layer in extended_layers(self.lm).values():
+            for name, rows in layer.router.rows.items():
+                own = [*rows.parameters(), *layer.new[name].parameters()]
+                if rows.scope is not Scope.joint:
+                    known |= set(own)
+                    modalities |= (
+                        set(rows.modalities) if any(p.requires_grad for p in own) else set()
+                    )
+        anywhere = any(p.requires_grad and p not in known for p in self.lm.parameters())
+        return None if anywhere else tuple(sorted(modalities))
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, stop_ids: set[int]) -> list[list[int]]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moe_ext.config import Placement
+from moe_ext.model.head import LOGIT_BYTES
 from moe_ext.model.packed import packed_shapes
 from moe_ext.model.placement import owners
 from moe_ext.planning.sizes import BaseSizes, EncoderSizes, ExtensionSizes
@@ -63,6 +64,8 @@ class RankMemory:
     gradients: int
     optimizer: int
     activations: int
+    logits: int
+    """Of one part of the output layer's rows, for a moment at the end of forward."""
     buckets: int
     """What reduces gradients, beside `gradients`, while backward runs."""
     step: int
@@ -77,7 +80,7 @@ class RankMemory:
     @property
     def total(self) -> int:
         """The most that is there at a time."""
-        return self.state + max(self.activations + self.buckets, self.step)
+        return self.state + max(self.activations + max(self.buckets, self.logits), self.step)
 
 
 def expert_bytes(base: BaseSizes, element_bytes: int, bits: int) -> int:
@@ -138,6 +141,7 @@ def rank_memory(
         gradients=round(owned * e),
         optimizer=round(MASTER_AND_MOMENTS * owned),
         activations=round(activation_bytes(base, extension, encoders, work)),
+        logits=round(logit_bytes(base, encoders, work)),
         buckets=round(buckets * e),
         step=round(largest * (4 + e)),
     )
@@ -162,10 +166,10 @@ def activation_bytes(
         dense MLP   e * 3 I (gate, its activation, up); a shared expert the same
         experts     K (2 I e + 4 + 24) + 8: `h`, the weight and the row order of every chosen expert
         router      12 an expert: probabilities and their calibration, in fp32
-        new experts e * D: the layer's input
+        new experts e * D: the layer's input; 12 each of the router, 8 a hidden unit of its calibration
 
     With activation checkpointing a layer keeps its input, e * D, and one layer at a time the above.
-    Of the output layer: fp32 logits and their probabilities, for tokens that are targets.
+    Of the output layer: e * D for tokens that are targets, the gradient of their likelihood.
     """
     e, sparse = work.element_bytes, set(base.sparse_layers)
     slots = base.top_k * (2 * base.expert.intermediate_dim * e + 28) + 8
@@ -175,9 +179,17 @@ def activation_bytes(
         if layer in sparse:
             kept += slots + 12 * base.num_experts
         by_layer.append(kept)
-    of_new = extension.num_layers * e * base.hidden_dim
+    hidden_units = extension.calibration // (2 * (base.num_experts + extension.num_new))
+    of_new = extension.num_layers * (
+        e * base.hidden_dim + 12 * extension.num_new + 8 * hidden_units
+    )
     kept = sum(by_layer) + of_new
     if work.recompute and by_layer:
         kept = len(by_layer) * e * base.hidden_dim + max(by_layer) + e * base.hidden_dim
-    head = 8 * base.vocabulary * work.targets(encoders)
-    return kept * work.micro_tokens + head
+    return kept * work.micro_tokens + e * base.hidden_dim * work.targets(encoders)
+
+
+def logit_bytes(base: BaseSizes, encoders: list[EncoderSizes], work: Work) -> float:
+    """One part of the logits, in fp32 and in the run's precision, and their probabilities."""
+    numbers = min(base.vocabulary * work.targets(encoders), LOGIT_BYTES / 4)
+    return numbers * (8 + 2 * work.element_bytes if work.element_bytes < 4 else 8)

@@ -13,8 +13,8 @@ from math import comb
 from moe_ext.config import Placement
 from moe_ext.model.placement import owners
 
-WEIGHT_BYTES, ID_BYTES, COUNT_BYTES = 4, 2, 8
-"""Of a routing weight (fp32), an expert id (int16) and a rank's number of rows (int64)."""
+WEIGHT_BYTES, ID_BYTES, COUNT_BYTES = 4, 2, 16
+"""Of a routing weight (fp32), an expert id (int16) and a rank's numbers of rows and live rows (int64)."""
 
 
 def row_bytes(

@@ -28,9 +28,13 @@ def test_targets_say_how_many_cases_hold():
         "masking/32x4/skew2/bf16": 1.5,
         "deepspeed_moe/128x8/skew8/fp32": 9.0,
         "deepspeed_moe/128x8/balanced/fp32": 1.0,
+        "products/8x2/balanced/fp32": 0.8,
+        "products/32x4/skew2/bf16": 0.5,
+        "products/128x8/skew8/fp32": 0.9,
+        "products/128x8/balanced/fp32": 1.0,
     }
     lines = {line[:36].strip(): line for line in report.targets_table(medians).splitlines()}
-    assert "1.20 .. 1.50  in 1 of 2 cases" in lines["masking"]
+    assert "1.20 .. 1.50    1.50 .. 3.00  in 1 of 2 cases" in lines["masking"]
     assert "in 1 of 1 cases" in lines["deepspeed_moe 128x8 skew8"]
     assert "in 0 of 1 cases" in lines["deepspeed_moe 128x8 balanced"]
     assert "eager" not in lines

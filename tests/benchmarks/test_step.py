@@ -55,6 +55,10 @@ def test_command_writes_every_ratio_and_sample(tmp_path, capsys, monkeypatch):
         times = (case["samples"][name]["cpu_s"] for name in (peer, ours))
         middle = sum(a / b for a, b in zip(*times, strict=True)) / 2  # the median of two
         assert content["ratios"][f"{peer}/fp32"] == pytest.approx(middle)
+    # experts sharded or whole, the same products; packed rows are fewer than full sequences
+    flop = {name: found["flop"] for name, found in case["achieved"].items()}
+    assert set(flop) == set(against.values())
+    assert flop["ours"] == flop["ours_replica"] < flop["ours_equal"] == flop["ours_replica_equal"]
     # sequences of a quarter to three quarters of the full length: two fit into one row
     assert case["packed_rows"] < TINY["SEQUENCES"]
     assert "autoep_equal" in capsys.readouterr().out

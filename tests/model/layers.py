@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moe_ext.config import CalibrationKind, Placement, Scope
 from moe_ext.model.context import ContextHolder, RoutingContext
-from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
+from moe_ext.model.experts import Bank, ExpertShape, FrozenBank, NewBank
+from moe_ext.model.grouped import RowPlan, plan_rows
 from moe_ext.model.moe import ExtendedMoE
 from moe_ext.model.placement import cold_experts, owners
 from moe_ext.model.routing import Router, RoutingRule
@@ -109,6 +110,11 @@ def build(
         )
         layer.add_bank("vision", bank, rows)
     return layer
+
+
+def rows_of(bank: Bank, local_TS: Tensor, live_T: Tensor | None = None) -> RowPlan:
+    """The bank's rows, its experts counted from 0."""
+    return plan_rows(local_TS, [(0, len(bank.expert_ids))], live_T)[0]
 
 
 def allowed(modality: list[int], segment: list[int], position: int, scope: Scope) -> bool:

@@ -9,7 +9,7 @@ from moe_ext.config import Placement, Scope
 from moe_ext.model.context import RoutingContext
 from moe_ext.model.dispatch import Liveness
 from moe_ext.model.routing import RoutingRule
-from tests.model.layers import DIM, Weights, build, sequences
+from tests.model.layers import DIM, WIDE, Weights, build, sequences
 from tests.ranks import run_ranks
 
 LENGTH = 8
@@ -30,6 +30,8 @@ class Case:
     hot: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     """Ranks that have nothing but padding."""
+    some_live: bool = False
+    """The ranks know which tokens stand before everything trainable."""
 
 
 # 5 frozen experts, and 7 in all, on two ranks: neither divides
@@ -41,6 +43,8 @@ TWO_RANKS = {
     "padding_only_on_rank_0": Case((2, 3), padding=(0,)),
     "top_1": Case((3, 3), top_k=1),
     "top_1_nothing_on_rank_1": Case((3, 0), top_k=1),
+    "some_live": Case((3, 4), scope=Scope.preserve, some_live=True),
+    "none_live_on_rank_1": Case((3, 3), (True, False), Scope.modality, some_live=True),
 }
 THREE_RANKS = {
     "fewer_new_experts_than_ranks": Case((3, 0, 2), num_new=2),
@@ -48,6 +52,9 @@ THREE_RANKS = {
     "fewer_frozen_experts_than_ranks": Case((2, 3, 2), num_frozen=2, num_new=1, top_k=1),
     "hot": Case((3, 2, 3), num_frozen=7, num_new=4, top_k=3, hot=(0, 6), padding=(1,)),
     "one_cold": Case((2, 2, 2), num_frozen=4, num_new=2, hot=(0, 1, 3)),
+    "some_live": Case(
+        (2, 3, 1), (True, False, True), Scope.preserve, top_k=3, hot=(2,), some_live=True
+    ),
 }
 
 
@@ -73,9 +80,16 @@ def layer_of(case: Case, placement: Placement = Placement.replicate, alone: bool
     return build(weights, rule, scope=case.scope, placement=placement, **here)
 
 
-def passed(layer, case: Case, rank: int) -> dict[str, torch.Tensor]:
+def live_tokens(case: Case, rank: int) -> torch.Tensor:
+    """(T,) bool: the tokens of a rank from the first image of their sample on."""
+    return inputs(case, rank)[0].allowed_T(Scope.preserve, (1,))
+
+
+def passed(layer, case: Case, rank: int, some_live: bool = False) -> dict[str, torch.Tensor]:
     """Output and gradients, the parameters' added to those of passes before."""
     layer.holder.context, hidden, grad = inputs(case, rank)
+    if some_live:
+        layer.holder.context.live_T = live_tokens(case, rank)
     x = hidden.requires_grad_()
     y = layer(x)
     y.backward(grad)
@@ -91,8 +105,11 @@ def run_one(case: Case) -> list[dict[str, torch.Tensor]]:
 
 def run_cases(cases: dict[str, Case]) -> dict[tuple[str, Placement], dict[str, torch.Tensor]]:
     """One of several ranks: every case in both placements."""
+    rank = dist.get_rank()
     return {
-        (name, placement): passed(layer_of(case, placement, alone=False), case, dist.get_rank())
+        (name, placement): passed(
+            layer_of(case, placement, alone=False), case, rank, case.some_live
+        )
         for name, case in cases.items()
         for placement in Placement
     }
@@ -105,8 +122,13 @@ def check(ranks: list[dict], cases: dict[str, Case]) -> None:
             what = f"{name} {placement.value}"
             theirs = [found[name, placement] for found in ranks]
             for rank, found in enumerate(theirs):
-                for key in ("output", "input"):
-                    compare(found[key], alone[rank][key], f"{what} {key} rank {rank}")
+                compare(found["output"], alone[rank]["output"], f"{what} output rank {rank}")
+                counts = slice(None)
+                if case.some_live:
+                    counts = live_tokens(case, rank)
+                    assert not found["input"].flatten(0, 1)[~counts].any(), f"{what} rank {rank}"
+                given, expected = (of["input"].flatten(0, 1)[counts] for of in (found, alone[rank]))
+                compare(given, expected, f"{what} input rank {rank}")
             compare_parameters(theirs, alone[-1], what, placement)
 
 
@@ -163,3 +185,34 @@ def test_two_ranks_are_one():
 
 def test_three_ranks_are_one():
     check(run_ranks(run_cases, 3, THREE_RANKS), THREE_RANKS)
+
+
+def test_one_rank_computes_the_gradient_of_live_tokens_only():
+    """Nothing of what trains changes; of the others not even what backward needs is kept."""
+    case = TWO_RANKS["some_live"]
+    live_T = live_tokens(case, 0)
+    num_live, num_rows = int(live_T.sum()), int(inputs(case, 0)[0].valid_T.sum()) * case.top_k
+    assert 0 < num_live * case.top_k < num_rows
+    kept: dict[bool, set[int]] = {}
+    found = {}
+    for some_live in (False, True):
+        layer, kept[some_live] = layer_of(case), set()
+
+        def keep(tensor, rows=kept[some_live]):
+            if tensor.shape[-1:] == (2 * WIDE,):
+                rows.add(len(tensor))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found[some_live] = passed(layer, case, 0, some_live)
+    new_rows = kept[False] & kept[True]
+    assert kept[False] - new_rows and kept[True] - new_rows
+    (all_rows,), (live_rows,) = kept[False] - new_rows, kept[True] - new_rows
+    (of_new,) = new_rows
+    assert all_rows + of_new == num_rows and live_rows + of_new == num_live * case.top_k
+    for key, expected in found[False].items():
+        if key == "input":
+            assert not found[True][key].flatten(0, 1)[~live_T].any()
+            compare(found[True][key].flatten(0, 1)[live_T], expected.flatten(0, 1)[live_T], key)
+        else:
+            compare(found[True][key], expected, key)

@@ -7,13 +7,14 @@ from moe_ext.config import Placement
 from moe_ext.model import activations, grouped
 from moe_ext.model.experts import ExpertShape, NewBank
 from moe_ext.model.grouped import Bags, plan_rows, sum_by_token
+from tests.model.layers import rows_of
 
 IDS_TS = torch.tensor([[2, -1, 0], [7, 2, 5], [0, 1, 2], [9, -1, 4], [2, 0, 1]])
 """Ids 0..2 are this bank's."""
 
 
 def test_plan_sorts_by_expert_and_keeps_token_order():
-    plan = plan_rows(IDS_TS, 3)
+    (plan,) = plan_rows(IDS_TS, [(0, 3)])
     flat = IDS_TS.flatten()
     wanted = [slot for e in range(3) for slot in range(15) if flat[slot] == e]
     assert plan.row_slot.tolist() == wanted
@@ -23,7 +24,7 @@ def test_plan_sorts_by_expert_and_keeps_token_order():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_by_token(dtype):
-    plan = plan_rows(IDS_TS, 3)
+    (plan,) = plan_rows(IDS_TS, [(0, 3)])
     rows = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight = torch.rand(9, generator=torch.Generator().manual_seed(1))
     for scale in (None, weight):
@@ -36,7 +37,8 @@ def test_sums_by_token(dtype):
     chosen = torch.tensor([0, 1, 2, 4])  # token 3 chose none of this bank's
     some = sum_by_token(rows, plan.bags.of(chosen), weight)
     assert torch.equal(some, sum_by_token(rows, plan.bags, weight)[chosen])
-    assert plan.row_place(chosen).tolist() == [[0, 1, 2, None, 3][t] for t in plan.row_token]
+    assert torch.equal(plan.token_U, chosen)
+    assert plan.place(plan.row_token).tolist() == [[0, 1, 2, None, 3][t] for t in plan.row_token]
 
 
 def test_no_rows_stay_in_the_graph():
@@ -49,15 +51,15 @@ def test_no_rows_stay_in_the_graph():
 
 
 def test_parts_cover_all_rows_and_fit(monkeypatch):
-    plan = plan_rows(IDS_TS, 3)
+    (plan,) = plan_rows(IDS_TS, [(0, 3)])
     for rows_in_cache, runs in ((1, [1, 1, 1]), (5, [2, 1]), (6, [2, 1]), (100, [3])):
         monkeypatch.setattr(grouped, "CACHED_BYTES", rows_in_cache * 10)
-        parts = plan.parts(row_bytes=10, loops=True)
+        parts = plan.parts(row_bytes=10)
         assert [p.experts.stop - p.experts.start for p in parts] == runs
         assert [p.rows.start for p in parts] == [0] + [p.rows.stop for p in parts[:-1]]
         assert parts[-1].rows.stop == 9
         assert [c for p in parts for c in p.count_list] == plan.count_list
-    (everything,) = plan.parts(row_bytes=10, loops=False)
+    everything = plan.part(loops=False)
     assert everything.count_list is None and everything.rows == slice(0, 9)
 
 
@@ -76,7 +78,7 @@ def test_many_parts_give_what_one_gives(monkeypatch, activation):
         monkeypatch.setattr(grouped, "CACHED_BYTES", cached)
         bank.zero_grad()
         inputs = [t.clone().requires_grad_() for t in (x, weight)]
-        out = bank(inputs[0], IDS_TS, inputs[1])
+        out = bank(*inputs, rows_of(bank, IDS_TS))
         out.square().sum().backward()
         found.append([out, *(t.grad for t in inputs), *(p.grad for p in bank.parameters())])
     for one, many in zip(*found, strict=True):
@@ -97,7 +99,7 @@ def test_gate_and_up_apart_give_what_side_by_side_gives(monkeypatch, cached):
         monkeypatch.setattr(activations, "APART_FROM_WIDTH", width)
         bank.zero_grad()
         inputs = [t.clone().requires_grad_() for t in (x, weight)]
-        out = bank(inputs[0], ids_TS, inputs[1])
+        out = bank(*inputs, rows_of(bank, ids_TS))
         out.square().sum().backward()
         found.append([out, *(t.grad for t in inputs), *(p.grad for p in bank.parameters())])
     for side_by_side, apart in zip(*found, strict=True):

@@ -7,6 +7,7 @@ from moe_ext.config import ExpertInit, ExpertType, ExtensionConfig, Placement, S
 from moe_ext.model.experts import ExpertShape, NewBank
 from moe_ext.model.extend import LayerPlan, add_extension, announce, extended_layers, load_base
 from moe_ext.model.lora import LoraBank
+from tests.model.layers import rows_of
 from tests.model.tiny import save_tiny
 
 _SHAPES = [
@@ -41,7 +42,7 @@ def _inputs():
 def test_output_and_gradients_equal_merged_dense_experts(shape):
     bank = _bank(shape)
     x, expert, weight = _inputs()
-    out = bank(x, expert, weight)
+    out = bank(x, weight, rows_of(bank, expert))
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
     out.backward(grad)
     ours = {name: p.grad for name, p in bank.named_parameters()} | {"x": x.grad, "w": weight.grad}
@@ -58,7 +59,7 @@ def test_output_and_gradients_equal_merged_dense_experts(shape):
     }
     if shape.bias:
         parts |= {"gate_up_bias": bank.gate_up_bias, "down_bias": bank.down_bias}
-    expected = torch.func.functional_call(dense, parts, (x2, expert, weight2))
+    expected = torch.func.functional_call(dense, parts, (x2, weight2, rows_of(dense, expert)))
     torch.testing.assert_close(out, expected)
     expected.backward(grad)
     theirs = {name: p.grad for name, p in bank.named_parameters()}
@@ -85,7 +86,7 @@ def test_merged_is_what_it_computes_with():
 def test_a_rank_whose_tokens_choose_none_has_zero_gradients():
     bank = _bank(_SHAPES[0])
     x, expert, weight = _inputs()
-    bank(x, torch.full_like(expert, -1), weight).sum().backward()
+    bank(x, weight, rows_of(bank, torch.full_like(expert, -1))).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in bank.parameters())
 
 

@@ -333,7 +333,8 @@ def expert_gradients(path) -> dict[tuple[Placement, str], torch.Tensor]:
         model.set_liveness()
         for samples in (MIXED, MIXED[1:])[rank : 2 if world == 1 else rank + 1]:
             model(batch_of(samples)).nll_sum.backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        trained = [(n, p) for n, p in model.named_parameters() if p.numel()]
+        grads = {n: p.grad for n, p in trained if p.grad is not None}
         found |= {(placement, name): grad for name, grad in grads.items()}
     return found
 
@@ -385,3 +386,72 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(tiny):
     )
     for kept, recomputed in pairs:
         compare(kept, recomputed)
+
+
+def interleaved() -> Batch:
+    """A sample that begins with text, one of text alone and one that begins with an image."""
+    parts = [batch_of([sample]) for sample in (([5, 9, 17, 3], 0), ([80, 7], 1), ([2, 31, 4], 0))]
+    parts.append(batch_of([([6, 8, 35], 1)]))
+    fields = {name: torch.cat([getattr(part, name) for part in parts], 1)
+              for name in ("input_ids", "labels", "modality_ids")}  # fmt: skip
+    lengths = [4 + 5, 3, 6]  # the first two parts are one sample
+    segment = torch.cat([torch.full((1, n), 1 + i) for i, n in enumerate(lengths)], 1)
+    position = torch.cat([torch.arange(n).unsqueeze(0) for n in lengths], 1)
+    media = torch.cat([part.media[1] for part in parts])
+    return Batch(segment_ids=segment, position_ids=position, media={1: media}, **fields)
+
+
+def live_gradients(path, checkpointing: bool) -> list[tuple[int, dict[str, torch.Tensor]]]:
+    """With every token's gradient, and with those that can reach something: tokens left out, and
+    the gradients of this rank."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if world > 1 else 0
+    found = []
+    for everywhere in (True, False):
+        plain = build(path, True, rank, world, dist.group.WORLD if world > 1 else None)
+        model = MultimodalMoE(plain.lm, plain.encoders, plain.connectors, checkpointing)
+        model.set_liveness()
+        assert model.live_from == (1,)
+        if everywhere:
+            model.live_from = None
+        output = model(interleaved() if rank == 0 else batch_of(TEXT), with_losses=True)
+        record_losses = [r.z_sum + r.kl_sum for r in output.context.records.values()]
+        (output.nll_sum + sum(record_losses)).backward()
+        live_T = output.context.live_T
+        left_out = 0 if live_T is None else int((output.context.valid_T & ~live_T).sum())
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((left_out, grads))
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tokens_before_everything_trainable_need_no_gradient(tiny, checkpointing):
+    """What trains gets the same gradient, on one rank and on two, the second without an image."""
+    alone = [live_gradients(tiny, checkpointing)]
+    for number, rank in enumerate(alone + run_ranks(live_gradients, 2, tiny, checkpointing)):
+        (none, every), (left_out, live) = rank
+        assert none == 0 and left_out == (4 + 3 if number < 2 else 5 + 3 + 7)
+        assert every.keys() == live.keys()
+        for name, expected in every.items():
+            scale = float(expected.abs().max())
+            assert float((live[name] - expected).abs().max()) <= 1e-5 * scale, (number, name)
+
+
+def test_what_can_reach_every_token_leaves_none_out(tiny):
+    model = build(tiny, True)
+    first, *_ = extended_layers(model.lm).values()
+    first.router.add_delta()
+    model.set_liveness()
+    assert model.live_from is None
+    first.router.drop_delta()
+    first.router.rows["vision"].scope = Scope.joint
+    model.set_liveness()
+    assert model.live_from is None
+    for layer in extended_layers(model.lm).values():
+        layer.new.requires_grad_(False)
+        layer.router.requires_grad_(False)
+    model.set_liveness()
+    assert model.live_from == (1,), "the connector still trains"
+    model.lm.get_input_embeddings().requires_grad_(True)
+    model.set_liveness()
+    assert model.live_from is None

@@ -13,6 +13,7 @@ from moe_ext.model.extend import LayerPlan, add_extension
 from moe_ext.model.layouts import ExpertTensors
 from moe_ext.model.load import extended_layers, fill_expert, load_base
 from moe_ext.model.packed import pack_rows
+from tests.model.layers import rows_of
 from tests.model.tiny import save_tiny
 
 EXPERTS, DIM, TOKENS, SLOTS = 5, 48, 60, 2
@@ -79,7 +80,7 @@ def test_it_computes_with_what_it_unpacks_to(monkeypatch, wide, bias, dtype, bit
     found = []
     for bank in (tight, plain):
         inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = bank(inputs[0], expert, inputs[1])
+        out = bank(*inputs, rows_of(bank, expert))
         out.backward(grad)
         found.append((out.detach(), inputs[0].grad, inputs[1].grad))
     for actual, expected in zip(*found, strict=True):

@@ -36,7 +36,7 @@ def exchanged(placement_name: str) -> dict[str, int]:
     minimum = goes * row + comes * row  # tokens there, results back
     minimum += comes * row + goes * row  # their gradients
     minimum += (goes + comes) * slots  # weights, and their gradients
-    ids_and_counts = goes * 2 * RULE.top_k + 8
+    ids_and_counts = goes * 2 * RULE.top_k + 2 * 8  # rows, and live ones
     return {"travelled": sum(travelled), "minimum": minimum + ids_and_counts, "rows": goes}
 
 

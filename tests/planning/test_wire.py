@@ -36,6 +36,37 @@ def exchanged(_: str) -> list[int]:
     return found
 
 
+def in_backward(_: str) -> list[int]:
+    """Bytes to the peer in backward: all tokens live, every other one, none of rank 1's."""
+    rank, group, found = dist.get_rank(), dist.group.WORLD, []
+    sets = torch.tensor(list(combinations(range(NUM_FROZEN), TOP_K)))
+    for live in (None, [True, False], [rank == 0] * 2):
+        layer = build(Weights(NUM_FROZEN, 0), RoutingRule(TOP_K), group=group, rank=rank, world=2)
+        x = torch.randn(len(sets), DIM).requires_grad_()
+        weight = torch.rand(len(sets), TOP_K).requires_grad_()
+        live_T = None if live is None else torch.tensor(live * (len(sets) // 2))
+        y = layer._experts(x, sets, weight, live_T)
+        with counted_bytes(peer=1 - rank) as travelled:
+            y.sum().backward()
+        found.append(sum(travelled))
+    return found
+
+
+def test_only_live_tokens_travel_in_backward():
+    sets = list(combinations(range(NUM_FROZEN), TOP_K))
+    held = [range(3), range(3, 6)]
+    to = [[bool(set(s) & set(held[peer])) for s in sets] for peer in (1, 0)]  # of rank 0, of rank 1
+    gradient = DIM * 4  # of a result, on its way to the rank that made it
+    answer = DIM * 4 + TOP_K * 4  # of token and weights, on their way back
+    ranks = run_ranks(in_backward, 2, "")
+    for case, live in enumerate(
+        ([[True] * len(sets)] * 2, [[True, False] * (len(sets) // 2)] * 2, [[True] * len(sets), []])
+    ):
+        rows = [sum(a and b for a, b in zip(to[r], live[r], strict=False)) for r in (0, 1)]
+        for rank, found in enumerate(ranks):
+            assert found[case] == rows[rank] * gradient + rows[1 - rank] * answer, (case, rank)
+
+
 def test_bytes_a_token_are_exact():
     """Hot experts are the first ones in the formula: which they are does not matter to a sum over
     all sets."""
