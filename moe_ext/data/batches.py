@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -76,6 +76,10 @@ class Load:
     cursor: Cursor
     skips: list[Skip] = field(default_factory=list)
     num_truncated: int = 0
+
+    def pin_memory(self) -> "Load":
+        """The same with its batch in page-locked memory; called by a DataLoader that pins."""
+        return replace(self, batch=self.batch.pin_memory())
 
 
 def collate(
@@ -281,6 +285,7 @@ class Loader:
                 self.batches,
                 batch_size=None,
                 num_workers=self.num_workers,
+                pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else it draws from the global one and shifts training
                 **options,
             )

@@ -171,10 +171,11 @@ def _bank_gradients(grad_bank, grads, grad_rD, x_rD, scale_r1, part: Part, apart
 def _parts(plan: RowPlan, like: Tensor, shape: ExpertShape, packed: bool) -> list[Part]:
     """The rows in parts that fit a processor's caches; all at once on other devices."""
     widths = (shape.hidden_dim, shape.intermediate_dim)
+    if not packed and multiplies_groups(like, plan.row_slot.numel(), *widths):
+        return [plan.part(loops=False)]
     if like.device.type == "cpu":
         return plan.parts(2 * shape.intermediate_dim * like.element_size())
-    groups = not packed and multiplies_groups(like, plan.row_slot.numel(), *widths)
-    return [plan.part(loops=not groups)]
+    return [plan.part(loops=True)]
 
 
 def _buffers(parts: list[Part], like: Tensor, *widths: int) -> list[Tensor | None]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from moe_ext.config import Placement
 from moe_ext.model import experts
 from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
+from tests.model.layers import rows_of
 
 NUM, DIM, WIDE, TOKENS = 4, 32, 48, 20
 
@@ -29,7 +30,7 @@ def _pass(bank: NewBank | FrozenBank, ids_TS: Tensor, dtype: torch.dtype) -> lis
         tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=stream))
     x = torch.randn(TOKENS, DIM, generator=stream).to(dtype).requires_grad_()
     weight = torch.rand(TOKENS, 2, generator=stream).requires_grad_()
-    y = bank(x, ids_TS, weight)
+    y = bank(x, weight, rows_of(bank, ids_TS))
     y.backward(torch.randn(y.shape, generator=stream).to(dtype))
     return [y.detach(), x.grad, weight.grad, *(p.grad for p in bank.parameters())]
 
@@ -79,7 +80,7 @@ def test_a_trainable_bank_saves_what_is_stated(dtype):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        bank(x, ids_TS, weight)
+        bank(x, weight, rows_of(bank, ids_TS))
     known = {t.untyped_storage().data_ptr() for t in (x, weight, *bank.parameters())}
     rows = int((ids_TS >= 0).sum())
     own = sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in known)
