@@ -70,6 +70,6 @@ def merge_shared(logits_TE: Tensor, blocks: list[Tensor], sources: list[list[int
             logits.append(block)
             shares.append(torch.zeros_like(block))
             slots += range(len(slots), len(slots) + block.shape[1])
-    slot_X = torch.tensor(slots, device=logits_TE.device)
-    clone_C = (slot_X != torch.arange(len(slots), device=slot_X.device)).nonzero().squeeze(1)
+    clones = [column for column, slot in enumerate(slots) if slot != column]
+    slot_X, clone_C = (torch.tensor(ids, device=logits_TE.device) for ids in (slots, clones))
     return SharedSlots(torch.cat(logits, 1), torch.cat(shares, 1), slot_X, clone_C)
