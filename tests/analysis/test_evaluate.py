@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from moe_ext.analysis import evaluate, heldout, lookup, retrieval, text
+from moe_ext.analysis.passes import hidden_states
 from moe_ext.analysis.reduce import Ranks
 from moe_ext.analysis.run_folder import record_evaluation
 from moe_ext.batch import IGNORED_LABEL
@@ -151,13 +152,8 @@ def test_written_captions_are_those_of_a_loop_without_cache(model, items):
 
 
 def nll_of(model, batch, token: int) -> Tensor:
-    batch.labels[0, -1] = token
     if not hasattr(batch, "logits"):
-        hidden = {}
-        handle = model.lm.lm_head.register_forward_hook(lambda m, a, out: hidden.update(out=out))
-        model(batch)
-        handle.remove()
-        batch.logits = hidden["out"][0].float()
+        batch.logits = model.logits(hidden_states(model, batch)[0, -1]).float()
     return F.cross_entropy(batch.logits, torch.tensor(token))
 
 
