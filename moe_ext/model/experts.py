@@ -41,7 +41,7 @@ from moe_ext.model.grouped import (
     sum_by_expert,
     sum_by_token,
 )
-from moe_ext.model.packed import Packed, packed_shapes
+from moe_ext.model.packed import Packed, Rounding, packed_shapes
 
 
 def _linear_gate_up(
@@ -267,7 +267,7 @@ class PackedBank(FrozenBank):
         self, shape, expert_ids, num_experts, placement, *, dtype, device="cpu", bits: int = 8
     ):
         Bank.__init__(self, shape, expert_ids, num_experts, placement)
-        self.bits = bits
+        self.bits, self.rounding = bits, Rounding()
         for name in ("gate_up_bias", "down_bias"):
             size = self.tensor_shapes().get(name)
             bias = None if size is None else torch.empty(size, dtype=dtype, device=device)

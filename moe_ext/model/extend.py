@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_ext.config import CalibrationKind, ExpertInit, ExpertType, ExtensionConfig, RowInit
-from moe_ext.model.experts import Bank, FrozenBank, NewBank
+from moe_ext.model.experts import Bank, FrozenBank, NewBank, PackedBank
 from moe_ext.model.files import Checkpoint, base_sha256
 from moe_ext.model.load import BaseExperts, BaseInfo, fill_expert, load_base
 from moe_ext.model.lora import LoraBank
 from moe_ext.model.moe import ExtendedMoE, extended_layers
+from moe_ext.model.packed import Rounding
 from moe_ext.model.placement import owners
 from moe_ext.model.rows import Calibration, NewRows
 from moe_ext.model.start import start_expert, start_rows
@@ -183,7 +184,20 @@ def announce(model: nn.Module) -> str:
         for part, count in counts.items()
         if count
     ]
-    return "\n".join([line, *parts])
+    return "\n".join([line, *parts, *_rounding(model)])
+
+
+def _rounding(model: nn.Module) -> list[str]:
+    """A line that says what 8 or 4 bits did to the experts that this rank holds."""
+    banks = [module for module in model.modules() if isinstance(module, PackedBank)]
+    if not banks:
+        return []
+    total = Rounding()
+    for bank in banks:
+        total.add(bank.rounding)
+    packed, plain = total.relative
+    bits = banks[0].bits
+    return [f"  frozen experts in {bits} bits: relative error {packed:.2%} (in bf16 {plain:.2%})"]
 
 
 def parameter_counts(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:

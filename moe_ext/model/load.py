@@ -27,7 +27,7 @@ from moe_ext.model.families import LAYER_PREFIX, Config, Family, family_of
 from moe_ext.model.files import Checkpoint
 from moe_ext.model.layouts import ExpertLayout, ExpertTensors
 from moe_ext.model.moe import ExtendedMoE, extended_layers
-from moe_ext.model.packed import pack_rows
+from moe_ext.model.packed import Packed, pack_rows
 from moe_ext.model.placement import cold_experts, owners
 from moe_ext.model.routing import Router
 
@@ -279,6 +279,7 @@ def _fill_packed(bank: PackedBank, slot: int, weights: ExpertTensors, what: str)
         found, scale_found = pack_rows(getattr(weights, name), bank.bits)
         _fill(codes, found, f"{what} {name}")
         scale.copy_(scale_found)
+        bank.rounding.note(getattr(weights, name), Packed(codes[None], scale[None]))
     if bank.gate_up_bias is not None and bank.down_bias is not None:
         _fill(bank.gate_up_bias[slot, :wide], weights.gate_bias, f"{what} gate_bias")
         _fill(bank.gate_up_bias[slot, wide:], weights.up_bias, f"{what} up_bias")

@@ -17,6 +17,7 @@ copy of the bank. On a GPU the same loop is correct and slow; a kernel that mult
 them was tried here.
 """
 
+from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -149,6 +150,36 @@ class Packed:
         groups = slice(inputs.start // self.group, inputs.stop // self.group)
         scale_og1 = scale_oG[:, groups].float().unsqueeze(2)
         return ((codes.to(torch.int8) - 8) * scale_og1).flatten(1).to(dtype)
+
+
+@dataclass
+class Rounding:
+    """What packing did to the matrices seen so far, beside what bf16 would have done."""
+
+    square: float = 0.0
+    square_off: float = 0.0
+    square_off_bf16: float = 0.0
+
+    def note(self, weight_OI: Tensor, packed: Packed) -> None:
+        exact = weight_OI.to(packed.device, torch.float32)
+        self.square += float(exact.double().square().sum())
+        for name, kept in (
+            ("square_off", packed.unpack(0, torch.float32)),
+            ("square_off_bf16", exact.bfloat16().float()),
+        ):
+            off = float((kept - exact).double().square().sum())
+            setattr(self, name, getattr(self, name) + off)
+
+    def add(self, other: "Rounding") -> None:
+        self.square += other.square
+        self.square_off += other.square_off
+        self.square_off_bf16 += other.square_off_bf16
+
+    @property
+    def relative(self) -> tuple[float, float]:
+        """Norm of the error over the norm of the numbers: as packed, and in bf16."""
+        square = max(self.square, 1e-30)
+        return (self.square_off / square) ** 0.5, (self.square_off_bf16 / square) ** 0.5
 
 
 def _step(width: int, like: Tensor) -> int:

@@ -9,7 +9,7 @@ from moe_ext.config import CalibrationKind, ExtensionConfig, Placement
 from moe_ext.model import packed
 from moe_ext.model.activations import ExpertShape
 from moe_ext.model.experts import FrozenBank, PackedBank
-from moe_ext.model.extend import LayerPlan, add_extension
+from moe_ext.model.extend import LayerPlan, add_extension, announce
 from moe_ext.model.layouts import ExpertTensors
 from moe_ext.model.load import extended_layers, fill_expert, load_base
 from moe_ext.model.packed import pack_rows
@@ -149,3 +149,25 @@ def test_ranks_hold_their_share_packed(tmp_path):
         assert block.frozen.expert_ids == [3, 4]
         assert torch.equal(block.frozen.gate_up.codes, other.gate_up.codes[3:])
         assert torch.equal(block.frozen.down.scale, other.down.scale[3:])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_run_says_what_rounding_did(tmp_path, bits):
+    """The error of all experts together, in the line that announces what trains."""
+    save_tiny(tmp_path, "mixtral")
+    exact, packed = (load_base(tmp_path, dtype=torch.float32, frozen_bits=n) for n in (0, bits))
+    square = off = off_bf16 = 0.0
+    for layer, plain in zip(
+        extended_layers(packed).values(), extended_layers(exact).values(), strict=True
+    ):
+        for name in ("gate_up", "down"):
+            for e, weight in enumerate(getattr(plain.frozen, name)):
+                kept = getattr(layer.frozen, name).unpack(e, torch.float32)
+                square += float(weight.square().sum())
+                off += float((kept - weight).square().sum())
+                off_bf16 += float((weight.bfloat16().float() - weight).square().sum())
+    errors = [(part / square) ** 0.5 for part in (off, off_bf16)]
+    assert 0 < errors[1] < errors[0] < (0.01 if bits == 8 else 0.15)
+    wanted = f"in {bits} bits: relative error {errors[0]:.2%} (in bf16 {errors[1]:.2%})"
+    assert wanted in announce(packed)
+    assert "relative error" not in announce(exact)
