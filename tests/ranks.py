@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks of this machine: `run_ranks(function, 2, argument, ...)`.
 
-Starting ranks is slow (a fresh interpreter each), so a test file starts them once and checks several
-things inside. The function and its arguments must be picklable: define the function at module level.
+Ranks are new processes, forked off a server that has imported what they need and done nothing else. The
+function and its arguments must be picklable: define the function at module level.
 """
 
 import datetime
@@ -10,10 +10,12 @@ import importlib
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,15 @@ def run_ranks(
     Raises:
         RankError: with the traceback of the rank that failed first.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when imported, by the server
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    here = Here(os.getcwd(), dict(os.environ), list(sys.path))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = [
             # Not daemons: a rank may start data workers of its own.
             context.Process(
-                target=_rank, args=(function, rank, world_size, args, folder, timeout_s)
+                target=_rank, args=(here, function, rank, world_size, args, folder, timeout_s)
             )
             for rank in range(world_size)
         ]
@@ -87,7 +92,23 @@ def run_ranks(
         ]
 
 
+@dataclass
+class Here:
+    """What a new process would have inherited from this one."""
+
+    folder: str
+    environment: dict[str, str]
+    path: list[str]
+
+    def enter(self) -> None:
+        os.chdir(self.folder)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        sys.path[:] = self.path
+
+
 def _rank(
+    here: Here,
     function: Callable[..., Any] | str,
     rank: int,
     world_size: int,
@@ -95,6 +116,7 @@ def _rank(
     folder: str,
     timeout_s: float,
 ) -> None:
+    here.enter()
     stack_file = open(f"{folder}/stack-{rank}", "w")  # noqa: SIM115 (faulthandler keeps it)
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
     os.environ.update(
@@ -103,7 +125,6 @@ def _rank(
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
     )
-    os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     try:
         torch.distributed.init_process_group(
