@@ -40,8 +40,12 @@ class LayerRecord:
         """(G, X) int64: how often the tokens of each kind chose each expert; a negative kind: uncounted."""
         chosen_TS = (self.expert_TS >= 0) & (kind_T >= 0).unsqueeze(1)
         flat_TS = kind_T.unsqueeze(1) * self.num_experts + self.expert_TS
-        counts = torch.bincount(flat_TS[chosen_TS], minlength=num_kinds * self.num_experts)
-        return counts.view(num_kinds, -1)
+        # a sum and no bincount of the chosen ones: nothing waits for the device
+        counts = flat_TS.new_zeros(num_kinds * self.num_experts)
+        place_TS = flat_TS.masked_fill(~chosen_TS, 0)
+        return counts.scatter_add_(0, place_TS.view(-1), chosen_TS.long().view(-1)).view(
+            num_kinds, -1
+        )
 
 
 @dataclass
