@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from moe_ext.config import Placement, Scope
 from moe_ext.model.context import ContextHolder
 from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
-from moe_ext.model.grouped import plan_rows
 from moe_ext.model.moe import ExtendedMoE
 from moe_ext.model.routing import Router, RoutingRule
+from moe_ext.model.row_plan import plan_rows
 from moe_ext.model.rows import NewRows
 
 

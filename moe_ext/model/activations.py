@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_ext.model.grouped import Part
+from moe_ext.model.row_plan import Part
 
 
 @dataclass

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_ext.model.grouped import NO_EXPERT, Bags, sum_by_token
+from moe_ext.model.grouped import sum_by_token
+from moe_ext.model.row_plan import NO_EXPERT, Bags
 
 
 @dataclass

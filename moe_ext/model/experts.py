@@ -32,8 +32,6 @@ from moe_ext.model.activations import (
     is_apart,
 )
 from moe_ext.model.grouped import (
-    Part,
-    RowPlan,
     grouped_linear,
     grouped_linear_backward_input,
     grouped_linear_backward_weight,
@@ -42,6 +40,7 @@ from moe_ext.model.grouped import (
     sum_by_token,
 )
 from moe_ext.model.packed import Packed, Rounding, packed_shapes
+from moe_ext.model.row_plan import Part, RowPlan
 
 
 def _linear_gate_up(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from moe_ext.config import Placement
 from moe_ext.model.activations import ExpertShape, activate
 from moe_ext.model.experts import Bank
-from moe_ext.model.grouped import RowPlan, sum_by_token
+from moe_ext.model.grouped import sum_by_token
+from moe_ext.model.row_plan import RowPlan
 
 
 class LoraBank(Bank):

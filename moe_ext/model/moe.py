@@ -14,9 +14,9 @@ from moe_ext.config import Placement
 from moe_ext.model.context import ContextHolder, text_context
 from moe_ext.model.dispatch import Liveness, give_back, plan_route, send
 from moe_ext.model.experts import Bank, FrozenBank
-from moe_ext.model.grouped import NO_EXPERT, RowPlan, plan_rows
 from moe_ext.model.placement import owners
 from moe_ext.model.routing import Router
+from moe_ext.model.row_plan import NO_EXPERT, RowPlan, plan_rows
 from moe_ext.model.rows import NewRows
 
 

@@ -19,13 +19,11 @@ them was tried here.
 
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from moe_ext.model.grouped import Part
+from moe_ext.model.row_plan import Part
 
 SEGMENT_BYTES = 1 << 20
 """Of unpacked weights at a time: with the rows they multiply they stay in a processor's cache."""
@@ -107,7 +105,7 @@ class Packed:
         """(O, I): one expert's matrix in full; for tests and for writing it down."""
         return self._segment(expert, slice(None), slice(0, self.shape[2]), dtype)
 
-    def linear(self, rows: Tensor, part: "Part", out: Tensor | None) -> Tensor:
+    def linear(self, rows: Tensor, part: Part, out: Tensor | None) -> Tensor:
         """(R, O): every expert's rows times its own matrix, rows[e] @ weight[e].T."""
         _, num_out, num_in = self.shape
         out = rows.new_empty(len(rows), num_out) if out is None else out
@@ -120,7 +118,7 @@ class Packed:
         return out
 
     def linear_backward_input(
-        self, grad: Tensor, part: "Part", out: Tensor | None, add: bool = False
+        self, grad: Tensor, part: Part, out: Tensor | None, add: bool = False
     ) -> Tensor:
         """(R, I): gradient of `linear` for its rows, grad[e] @ weight[e]; `add`s it to `out`."""
         _, num_out, num_in = self.shape
@@ -186,7 +184,7 @@ def _step(width: int, like: Tensor) -> int:
     return max(1, SEGMENT_BYTES // (width * like.element_size()))
 
 
-def _by_expert(part: "Part", rows: Tensor, out: Tensor):
+def _by_expert(part: Part, rows: Tensor, out: Tensor):
     """Expert, its rows and its part of the result, for experts that have rows."""
     assert part.count_list is not None, "packed banks are multiplied expert by expert"
     counts = part.count_list

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ext.model.context import LayerRecord, RoutingContext
-from moe_ext.model.grouped import NO_EXPERT
+from moe_ext.model.row_plan import NO_EXPERT
 from moe_ext.model.shared_slots import merge_shared
 
 

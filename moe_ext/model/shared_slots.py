@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_ext.model.grouped import NO_EXPERT
+from moe_ext.model.row_plan import NO_EXPERT
 
 
 @dataclass

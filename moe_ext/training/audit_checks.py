@@ -14,10 +14,10 @@ from moe_ext.config import Placement, Trainable
 from moe_ext.model.experts import FrozenBank, PackedBank
 from moe_ext.model.extend import extended_layers
 from moe_ext.model.files import Checkpoint
-from moe_ext.model.grouped import NO_EXPERT
 from moe_ext.model.load import BaseExperts, stored_router, views_of
 from moe_ext.model.lora import LoraBank
 from moe_ext.model.multimodal import MultimodalMoE, Output
+from moe_ext.model.row_plan import NO_EXPERT
 from moe_ext.training.engine import Engine
 from moe_ext.training.parts import Part
 from moe_ext.training.resume import pieces_of

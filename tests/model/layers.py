@@ -11,10 +11,10 @@ from torch import Tensor
 from moe_ext.config import CalibrationKind, Placement, Scope
 from moe_ext.model.context import ContextHolder, RoutingContext
 from moe_ext.model.experts import Bank, ExpertShape, FrozenBank, NewBank
-from moe_ext.model.grouped import RowPlan, plan_rows
 from moe_ext.model.moe import ExtendedMoE
 from moe_ext.model.placement import cold_experts, owners
 from moe_ext.model.routing import Router, RoutingRule
+from moe_ext.model.row_plan import RowPlan, plan_rows
 from moe_ext.model.rows import Calibration, NewRows
 
 DIM, WIDE = 12, 20

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from moe_ext.config import Placement
-from moe_ext.model import activations, grouped
+from moe_ext.model import activations, row_plan
 from moe_ext.model.experts import ExpertShape, NewBank
-from moe_ext.model.grouped import Bags, plan_rows, sum_by_token
+from moe_ext.model.grouped import sum_by_token
+from moe_ext.model.row_plan import Bags, plan_rows
 from tests.model.layers import rows_of
 
 IDS_TS = torch.tensor([[2, -1, 0], [7, 2, 5], [0, 1, 2], [9, -1, 4], [2, 0, 1]])
@@ -53,7 +54,7 @@ def test_no_rows_stay_in_the_graph():
 def test_parts_cover_all_rows_and_fit(monkeypatch):
     (plan,) = plan_rows(IDS_TS, [(0, 3)])
     for rows_in_cache, runs in ((1, [1, 1, 1]), (5, [2, 1]), (6, [2, 1]), (100, [3])):
-        monkeypatch.setattr(grouped, "CACHED_BYTES", rows_in_cache * 10)
+        monkeypatch.setattr(row_plan, "CACHED_BYTES", rows_in_cache * 10)
         parts = plan.parts(row_bytes=10)
         assert [p.experts.stop - p.experts.start for p in parts] == runs
         assert [p.rows.start for p in parts] == [0] + [p.rows.stop for p in parts[:-1]]
@@ -75,7 +76,7 @@ def test_many_parts_give_what_one_gives(monkeypatch, activation):
     x, weight = (torch.randn(5, n, generator=stream, dtype=torch.float64) for n in (8, 3))
     found = []
     for cached in (1 << 20, 1):
-        monkeypatch.setattr(grouped, "CACHED_BYTES", cached)
+        monkeypatch.setattr(row_plan, "CACHED_BYTES", cached)
         bank.zero_grad()
         inputs = [t.clone().requires_grad_() for t in (x, weight)]
         out = bank(*inputs, rows_of(bank, IDS_TS))
@@ -92,7 +93,7 @@ def test_gate_and_up_apart_give_what_side_by_side_gives(monkeypatch, cached):
     for parameter in bank.parameters():
         parameter.data = torch.randn(parameter.shape, generator=stream, dtype=torch.float64)
     x, weight = (torch.randn(5, n, generator=stream, dtype=torch.float64) for n in (8, 3))
-    monkeypatch.setattr(grouped, "CACHED_BYTES", cached)
+    monkeypatch.setattr(row_plan, "CACHED_BYTES", cached)
     found = []
     ids_TS = IDS_TS.masked_fill(IDS_TS == 1, -1)  # an expert without rows
     for width in (1 << 20, 1):
