@@ -97,7 +97,7 @@ def count_selections(
     was_training = model.training
     model.eval()
     for batch in batches:
-        context = model(batch).context
+        context = model(batch, keeps_base_choice=True).context
         kind_T = token_kinds(context)
         for i, layer in enumerate(layers):
             num_experts = num_frozen[i] + num_new[i]

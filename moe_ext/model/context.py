@@ -4,7 +4,7 @@ Shape letters: B sequences, S positions or slots of a token, T = B * S tokens, K
 experts of a layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,7 +24,7 @@ class LayerRecord:
     num_experts: int
     """E + N of the layer."""
     base_expert_TK: Tensor | None = None
-    """(T, K) what the frozen rows alone choose; kept when the layer has new experts."""
+    """(T, K) what the frozen rows alone choose; None where no token needed it (`keeps_base_choice`)."""
     prob_sum_X: Tensor | None = None
     """(X,) fp32 with graph: sum over the counted tokens of the router's probabilities, which sum to
     one a token."""
@@ -61,6 +61,8 @@ class RoutingContext:
     """(T,) bool: tokens whose gradient can reach something that trains; None is all of them."""
     with_losses: bool = False
     """Record what the balance loss and the z-loss need."""
+    keeps_base_choice: bool = False
+    """Record what the frozen rows alone would choose also where no token is left to them."""
     records: dict[int, LayerRecord] = field(default_factory=dict)
     replays: bool = False
     """A part of the pass is computed again in backward: layers choose what their records say."""
@@ -76,6 +78,17 @@ class RoutingContext:
         if key not in self._allowed:
             self._allowed[key] = self._compute_allowed(scope, modalities).reshape(-1)
         return self._allowed[key]
+
+    def all_allowed(self, allowed_T: Tensor, scopes: Iterable[Scope]) -> bool:
+        """Whether no real token is left to the frozen rows alone. On a GPU only the scopes are asked:
+        to look at the tokens would wait for the device.
+
+        Args:
+            allowed_T: tokens that may choose the experts of any extension.
+        """
+        if any(scope is Scope.joint for scope in scopes):
+            return True
+        return allowed_T.device.type == "cpu" and bool((allowed_T | ~self.valid_T).all())
 
     def _compute_allowed(self, scope: Scope, modalities: tuple[int, ...]) -> Tensor:
         valid = self.segment_BS != 0

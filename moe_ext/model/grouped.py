@@ -26,9 +26,14 @@ def sum_by_token(rows_RD: Tensor, bags: Bags, weight_R: Tensor | None = None) ->
 
 
 def multiplies_groups(like: Tensor, num_rows: int, *widths: int) -> bool:
-    """Whether the device's grouped GEMM takes rows like these; a loop over experts does all others."""
+    """Whether the device's grouped GEMM takes rows like these; a loop over experts does all others.
+
+    It multiplies bf16 on NVIDIA GPUs from compute capability 8.0 on, rows of whole 16 bytes.
+    """
+    if not like.is_cuda or like.dtype != torch.bfloat16 or num_rows == 0:
+        return False
     aligned = all(width * like.element_size() % 16 == 0 for width in widths)
-    return like.is_cuda and like.dtype == torch.bfloat16 and aligned and num_rows > 0
+    return aligned and torch.cuda.get_device_capability(like.device) >= (8, 0)
 
 
 def grouped_linear(

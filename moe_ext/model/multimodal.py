@@ -90,15 +90,25 @@ class MultimodalMoE(nn.Module):
         return nullcontext(), again
 
     def forward(
-        self, batch: Batch, mask: Tensor | None = None, with_losses: bool = False
+        self,
+        batch: Batch,
+        mask: Tensor | None = None,
+        with_losses: bool = False,
+        keeps_base_choice: bool = False,
     ) -> Output:
         """Losses of the batch's targets.
 
         Args:
             mask: (B, 1, S, S) bool in place of the batch's own attention mask.
             with_losses: record what the balance loss and the z-loss need.
+            keeps_base_choice: record what the base alone would choose, of every token.
         """
-        context = RoutingContext(batch.modality_ids, batch.segment_ids, with_losses=with_losses)
+        context = RoutingContext(
+            batch.modality_ids,
+            batch.segment_ids,
+            with_losses=with_losses,
+            keeps_base_choice=keeps_base_choice,
+        )
         if mask is None and self.live_from is not None and torch.is_grad_enabled():
             live_T = context.allowed_T(Scope.preserve, self.live_from)
             if not (live_T | ~context.valid_T).all():

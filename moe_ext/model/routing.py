@@ -176,12 +176,7 @@ class Router(nn.Module):
 
     def _extended(self, x_TD, logits_TE, context, layer_index, earlier) -> Routing:
         """Base routing for tokens that may choose no new expert, extended routing for the others."""
-        rule = self.rule
-        prob_TE = _probabilities(rule, logits_TE)
-        valid_T = context.valid_T
-        base_TK = earlier.base_expert_TK if earlier else self._choose(prob_TE, logits_TE)
-        base_weight_TK = _base_weights(rule, prob_TE, logits_TE, base_TK)
-
+        rule, valid_T = self.rule, context.valid_T
         blocks, extended_T = [], torch.zeros_like(valid_T)
         for rows in self.rows.values():
             allowed_T = context.allowed_T(rows.scope, rows.modalities)
@@ -191,13 +186,20 @@ class Router(nn.Module):
         shared = merge_shared(logits_TE, blocks, sources) if any(sources) else None
         routed_TX = torch.cat([logits_TE, *blocks], 1) if shared is None else shared.logits_TX
         prob_TX = _probabilities(rule, routed_TX)
-        chosen_TS = self._choose(prob_TX, routed_TX)
+        expert_TS = self._choose(prob_TX, routed_TX)
         if shared is not None:
-            prob_TX, chosen_TS = shared.divide(prob_TX, chosen_TS)
+            prob_TX, expert_TS = shared.divide(prob_TX, expert_TS)
+        calibrated_TX = self._calibrate(prob_TX, context)
 
-        pad_S = chosen_TS.shape[1] - base_TK.shape[1]
-        base_TS = F.pad(base_TK, (0, pad_S), value=NO_EXPERT)
-        expert_TS = torch.where(extended_T.unsqueeze(1), chosen_TS, base_TS)
+        base_TK = base_weight_TS = None
+        scopes = [rows.scope for rows in self.rows.values()]
+        if context.keeps_base_choice or not context.all_allowed(extended_T, scopes):
+            prob_TE = _probabilities(rule, logits_TE)
+            base_TK = earlier.base_expert_TK if earlier else self._choose(prob_TE, logits_TE)
+            pad_S = expert_TS.shape[1] - base_TK.shape[1]
+            base_weight_TS = F.pad(_base_weights(rule, prob_TE, logits_TE, base_TK), (0, pad_S))
+            base_TS = F.pad(base_TK, (0, pad_S), value=NO_EXPERT)
+            expert_TS = torch.where(extended_T.unsqueeze(1), expert_TS, base_TS)
         expert_TS = expert_TS.masked_fill(~valid_T.unsqueeze(1), NO_EXPERT)
         if earlier is not None:
             expert_TS = earlier.expert_TS
@@ -208,10 +210,9 @@ class Router(nn.Module):
         if earlier is None:
             context.records[layer_index] = record
 
-        calibrated_TX = self._calibrate(prob_TX, context)
         weight_TS = _weights(rule, prob_TX, calibrated_TX, expert_TS)
-        base_weight_TS = F.pad(base_weight_TK, (0, pad_S))
-        weight_TS = torch.where(extended_T.unsqueeze(1), weight_TS, base_weight_TS)
+        if base_weight_TS is not None:
+            weight_TS = torch.where(extended_T.unsqueeze(1), weight_TS, base_weight_TS)
         return Routing(expert_TS, weight_TS.masked_fill(expert_TS < 0, 0.0))
 
     def _calibrate(self, prob_TX: Tensor, context: RoutingContext) -> Tensor:

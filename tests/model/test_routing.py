@@ -241,3 +241,19 @@ def test_the_router_is_the_loop(rule, added):
     for mine, his in zip(ours, theirs, strict=True):
         mine, his = (torch.zeros(()) if g is None else g for g in (mine, his))
         torch.testing.assert_close(mine, his.expand_as(mine), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", list(Scope))
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_what_the_base_would_choose_is_kept_on_request_and_changes_nothing(rule, scope):
+    router = build(rule, [Added(scope=scope, calibration=CalibrationKind.mlp_add)])
+    plain, asked = _context(), _context()
+    asked.keeps_base_choice = True
+    x_TD = torch.randn(plain.segment_BS.numel(), DIM).to(rule.dtype)
+    without, with_choice = router(x_TD, plain, 0), router(x_TD, asked, 0)
+    assert torch.equal(without.expert_TS, with_choice.expert_TS)
+    assert torch.equal(without.weight_TS, with_choice.weight_TS)
+    assert (plain.records[0].base_expert_TK is None) == (scope is Scope.joint)
+    base, alone = build(rule, []), _context()
+    base(x_TD, alone, 0)
+    assert torch.equal(asked.records[0].base_expert_TK, alone.records[0].base_expert_TK)

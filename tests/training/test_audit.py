@@ -201,6 +201,8 @@ def tokens_change_experts_in_recomputation():
             return original(self, x_TD, context, layer_index)
 
         def mirrored(ids):  # among the frozen experts of a rank, so that no shape tells
+            if ids is None:
+                return None
             half = self.num_frozen // 2
             other = torch.where(ids < half, half - 1 - ids, 3 * half - 1 - ids)
             return torch.where((ids >= 0) & (ids < self.num_frozen), other, ids)
