@@ -37,7 +37,9 @@ def plan_of(config: TrainConfig, new_share: float = NEW_SHARE, exact: bool = Fal
     """
     subject = subject_of(config, _base_config(config), new_share)
     bits, parallel = config.base.frozen_bits, config.parallel
-    hot = parallel.hot_experts or max(map(len, parallel.hot_lists.values()), default=0)
+    lists, every = parallel.hot_lists, parallel.hot_experts
+    layers = subject.base.sparse_layers if lists or every else ()
+    hot = tuple(len(lists.get(layer, ())) if lists else every for layer in layers)
     return make_plan(subject, config.cluster, (bits,) if exact or bits else (0, 8, 4), hot)
 
 

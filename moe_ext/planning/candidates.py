@@ -1,21 +1,20 @@
 """Every placement that a model and a cluster allow, what each costs, and which one is best."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from moe_ext.config import (
     Features,
     Placement,
     Precision,
-    RowInit,
     StageConfig,
     StageKind,
     Trainable,
     TrainConfig,
 )
 from moe_ext.config_cluster import ClusterConfig
-from moe_ext.planning.memory import Placed, RankMemory, rank_memory
+from moe_ext.model.dispatch import Liveness
+from moe_ext.planning.memory import Placed, RankMemory, held_new, rank_memory
 from moe_ext.planning.sizes import (
     BaseSizes,
     EncoderSizes,
@@ -23,10 +22,10 @@ from moe_ext.planning.sizes import (
     base_sizes,
     encoder_sizes,
     extension_sizes,
-    trained_elements,
+    trainable_tensors,
 )
 from moe_ext.planning.step import StepTime, Work, step_flops, step_time
-from moe_ext.planning.wire import remote_ranks, row_bytes
+from moe_ext.planning.wire import Traffic, layer_traffic, remote_ranks
 
 NEW_SHARE = 0.06
 """Share of the slots that choose new experts, where nobody says otherwise."""
@@ -41,17 +40,15 @@ class Subject:
     encoders: list[EncoderSizes]
     train: list[Trainable]
     work: Work
-    slots: int
-    """Slots a token in the exchange: top_k, and one more for every clone that shares a slot."""
 
     @property
     def trains(self) -> tuple[int, int]:
-        return trained_elements(self.train, self.base, self.extension, self.encoders)
-
-    @property
-    def live_input(self) -> bool:
-        """Whether something below the sparse layers trains."""
-        return Trainable.connector in self.train
+        """Elements that the stage trains: equal on every rank, and of all new experts."""
+        held = [layer.num_new for layer in self.extension.layers]
+        tensors = trainable_tensors(self.base, self.extension, self.encoders, held)
+        trained = {part: sum(sizes) for part, sizes in tensors.items() if part in self.train}
+        experts = trained.pop(Trainable.new_experts, 0)
+        return sum(trained.values()), experts
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,19 @@ class Candidate:
     placed: Placed
     memory: RankMemory
     fits: bool
-    visits: float
-    """Other ranks that a token's row goes to, expected, a sparse layer."""
-    wire_bytes: float
-    """Of a token in all layers, forward and backward, expected."""
+    traffic: list[Traffic]
+    """Of the layers whose tokens travel, in one micro-batch."""
     time: StepTime
+
+    @property
+    def visits(self) -> float:
+        """Other ranks that a token's row goes to, expected, mean over these layers."""
+        return sum(layer.visits for layer in self.traffic) / max(len(self.traffic), 1)
+
+    @property
+    def wire_bytes(self) -> float:
+        """Of a live token in all layers, forward and backward, expected."""
+        return sum(layer.bytes_a_token for layer in self.traffic)
 
     def to_json(self) -> dict[str, Any]:
         placed, memory, time = self.placed, self.memory, self.time
@@ -75,11 +80,13 @@ class Candidate:
             "new_placement": placed.new.value,
             "zero_stage": placed.zero_stage,
             "frozen_bits": placed.frozen_bits,
-            "hot_experts": placed.num_hot,
+            "hot_experts": list(placed.hot),
             "memory_bytes": {**vars(memory), "state": memory.state, "total": memory.total},
             "fits": self.fits,
             "visited_ranks_a_token_and_layer": self.visits,
             "wire_bytes_a_token": self.wire_bytes,
+            "wire_bytes_a_micro_batch": sum(layer.counts for layer in self.traffic),
+            "collectives_a_micro_batch": sum(layer.collectives for layer in self.traffic),
             "step_s": {**vars(time), "total": time.total},
         }
 
@@ -134,11 +141,9 @@ def subject_of(config: TrainConfig, base_config: Any, new_share: float = NEW_SHA
         for encoder in config.encoder.values()
     ]
     stage, data = largest_stage(config), config.data
-    shared = config.extension.row_init is RowInit.clone_shared
     live = base.num_layers
     if Trainable.connector not in stage.train and Trainable.router_delta not in stage.train:
-        layers = config.extension.named_layers or base.sparse_layers[-extension.num_layers :]
-        live = base.num_layers - min(layers)
+        live -= extension.layers[0].layer
     work = Work(
         sequences=stage.sequences_per_rank,
         length=data.sequence_length if data.pack else data.max_length,
@@ -150,81 +155,100 @@ def subject_of(config: TrainConfig, base_config: Any, new_share: float = NEW_SHA
         element_bytes=4 if config.parallel.precision is Precision.fp32 else 2,
         runs_encoders=data.features is Features.live,
     )
-    slots = base.top_k + (extension.num_new if shared else 0)
-    return Subject(base, extension, encoders, stage.train, work, slots)
+    return Subject(base, extension, encoders, stage.train, work)
 
 
-def wire_of(subject: Subject, placed: Placed) -> tuple[float, float]:
-    """(other ranks a token visits in a layer without new experts, bytes a token in all layers)."""
-    if not placed.exchanges:
-        return 0.0, 0.0
+def liveness_of(subject: Subject, placed: Placed) -> dict[int, Liveness]:
+    """Sparse layer -> what a gradient flows to in it, from what trains: as
+    `MultimodalMoE.set_liveness` tells the layers."""
+    train, new_of, found = set(subject.train), subject.extension.new_of, {}
+    below = Trainable.connector in train
+    for layer in subject.base.sparse_layers:
+        own = train if layer in new_of else train & {Trainable.router_delta}
+        router = bool(own & {Trainable.new_rows, Trainable.calibration, Trainable.router_delta})
+        experts = Trainable.new_experts in own
+        weight = below or router
+        travels = experts and placed.shards_new
+        found[layer] = Liveness(input=below, weight=weight, output=weight or travels)
+        below |= router or experts
+    return found
+
+
+def traffic_of(subject: Subject, placed: Placed) -> list[Traffic]:
+    """Every sparse layer's exchange in one micro-batch; none where no token travels.
+
+    A layer without experts that travel (frozen ones on every rank, no new ones) exchanges nothing.
+    """
     base, extension, work = subject.base, subject.extension, subject.work
-    visited = partial(
-        remote_ranks,
-        base.num_experts,
-        base.top_k,
-        placed.ep_size,
-        num_hot=placed.num_hot,
-        frozen_placement=placed.frozen,
-        groups=base.num_groups,
-        kept=base.groups_kept,
-    )
-    plain = visited()
-    extended = visited(
-        num_new=extension.num_new, new_placement=placed.new, new_share=work.new_share
-    )
-    live_from = base.num_layers - work.live_layers
-    rows = 0
-    for layer in base.sparse_layers:
-        below = subject.live_input or layer > live_from
-        rows += row_bytes(
-            base.hidden_dim, work.element_bytes, subject.slots, below, layer >= live_from
+    new_of, liveness, found = extension.new_of, liveness_of(subject, placed), []
+    for index, layer in enumerate(base.sparse_layers):
+        num_new = new_of.get(layer, 0)
+        frozen_travel = placed.frozen is Placement.shard
+        if not placed.exchanges or not (frozen_travel or (num_new and placed.shards_new)):
+            continue
+        visits = remote_ranks(
+            base.num_experts,
+            base.top_k,
+            placed.ep_size,
+            num_hot=placed.hot_in(index),
+            num_new=num_new,
+            new_placement=placed.new,
+            new_share=work.new_share,
+            frozen_placement=placed.frozen,
+            groups=base.num_groups,
+            kept=base.groups_kept,
         )
-        if work.recompute:  # the forward exchange happens again
-            rows += row_bytes(base.hidden_dim, work.element_bytes, subject.slots, False, False)
-    share = extension.num_layers / len(base.sparse_layers)
-    return plain, rows * ((1 - share) * plain + share * extended)
-
-
-def exchanges_of(subject: Subject) -> int:
-    """Collectives of a step for tokens that travel: counts, tokens and results forward, the gradients
-    of both backward, and the first three again with activation checkpointing."""
-    base, work = subject.base, subject.work
-    first = base.num_layers - work.live_layers
-    live = sum(layer >= first for layer in base.sparse_layers)
-    forward = 3 * len(base.sparse_layers) * (2 if work.recompute else 1)
-    return (forward + 2 * live) * work.accumulation
+        live = layer >= base.num_layers - work.live_layers
+        found.append(
+            layer_traffic(
+                layer,
+                base.hidden_dim,
+                work.element_bytes,
+                base.top_k + (num_new if extension.shares_slots else 0),
+                placed.ep_size,
+                visits,
+                liveness[layer],
+                again=work.recompute and live,
+            )
+        )
+    return found
 
 
 def evaluate(subject: Subject, placed: Placed, cluster: ClusterConfig) -> Candidate:
     """The figures of one placement."""
-    world, work = cluster.num_ranks, subject.work
-    memory = rank_memory(
-        subject.base, subject.extension, subject.encoders, subject.trains, placed, work, world
-    )
-    visits, wire_bytes = wire_of(subject, placed)
-    sharded = placed.new is Placement.shard and placed.ep_size > 1
+    base, extension, encoders, work = (
+        subject.base, subject.extension, subject.encoders, subject.work
+    )  # fmt: skip
+    world = cluster.num_ranks
+    memory = rank_memory(base, extension, encoders, subject.train, placed, work, world)
+    traffic = traffic_of(subject, placed)
     replicated, experts = subject.trains
     reduced = (float(replicated * work.element_bytes), float(experts * work.element_bytes))
-    reduced = (reduced[0], reduced[1] / placed.ep_size) if sharded else (sum(reduced), 0.0)
+    if placed.shards_new:
+        held = sum(held_new(extension, placed)) / extension.num_new
+        reduced = (reduced[0], reduced[1] * held)
+    else:
+        reduced = (sum(reduced), 0.0)
     time = step_time(
-        step_flops(subject.base, subject.extension, subject.encoders, work),
-        wire_bytes,
-        exchanges_of(subject) if placed.exchanges else 0,
-        placed.ep_size if placed.exchanges else 1,
+        step_flops(base, extension, encoders, work),
+        sum(layer.bytes_a_token for layer in traffic),
+        sum(layer.collectives for layer in traffic) * work.accumulation,
+        placed.ep_size if traffic else 1,
         reduced,
         placed.zero_stage,
         work,
         cluster,
     )
-    return Candidate(placed, memory, memory.total <= cluster.memory_bytes, visits, wire_bytes, time)
+    fits = memory.total <= cluster.memory_bytes
+    return Candidate(placed, memory, fits, traffic, time)
 
 
 def placements(
-    subject: Subject, world: int, bits: tuple[int, ...], num_hot: int = 0
+    subject: Subject, world: int, bits: tuple[int, ...], hot: tuple[int, ...] = ()
 ) -> list[Placed]:
     """Every combination that the run accepts, the plainest first."""
-    num_experts, num_new = subject.base.num_experts, subject.extension.num_new
+    num_experts, num_new = subject.base.num_experts, subject.extension.most_new
+    hot = tuple(min(count, num_experts - 1) for count in hot)
     sizes = [n for n in range(1, world + 1) if world % n == 0 and n <= max(num_experts, num_new)]
     shard, replicate = Placement.shard, Placement.replicate
     found = []
@@ -232,7 +256,6 @@ def placements(
         for zero_stage in (1, 2):
             found.append(Placed(1, shard, replicate, zero_stage, frozen_bits))
             for ep_size in sizes[1:]:
-                hot = min(num_hot, num_experts - 1)
                 found += [
                     Placed(ep_size, shard, replicate, zero_stage, frozen_bits, hot),
                     Placed(ep_size, shard, shard, zero_stage, frozen_bits, hot),
@@ -245,15 +268,16 @@ def make_plan(
     subject: Subject,
     cluster: ClusterConfig,
     bits: tuple[int, ...] = (0, 8, 4),
-    num_hot: int = 0,
+    hot: tuple[int, ...] = (),
 ) -> Plan:
     """Candidates in order: fitting before not, exact base before packed, then time, then memory.
 
+    `hot` counts the hot experts of every sparse layer (`Placed.hot`).
     Deterministic: times are compared to four digits, and equal ones by memory and plainness.
     """
     found = [
         evaluate(subject, placed, cluster)
-        for placed in placements(subject, cluster.num_ranks, bits, num_hot)
+        for placed in placements(subject, cluster.num_ranks, bits, hot)
     ]
 
     def rank(item: tuple[int, Candidate]) -> tuple[Any, ...]:

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from moe_ext.config import CalibrationKind, EncoderConfig, ExpertType, ExtensionConfig, Trainable
+from moe_ext.config import (
+    CalibrationKind,
+    EncoderConfig,
+    ExpertType,
+    ExtensionConfig,
+    RowInit,
+    Trainable,
+)
 from moe_ext.model import efficientnet
 from moe_ext.model.activations import ExpertShape
 from moe_ext.model.families import Config, Family, family_of, sparse_layers
@@ -50,9 +57,17 @@ class BaseSizes:
     the model's dtype (query, key, value, attention output, three of every gated MLP)."""
     saved_norms: tuple[int, ...]
     """Layer by layer: numbers a token that norms save, in fp32."""
+    saved_weights: int
+    """Heads whose attention weights a layer saves, one number a position; 0 with a fused kernel."""
     num_groups: int = 1
     groups_kept: int = 1
     """Only experts of the best groups may be chosen (DeepSeek-V2 and V3)."""
+    router_fp32: bool = False
+    """Router rows stay fp32 in a bf16 model."""
+    router_product_fp32: bool = False
+    """Routers multiply in fp32: of their input, where new rows train, they keep a copy in it."""
+    router_corrected: bool = False
+    """Scores are corrected when experts are chosen (DeepSeek-V3)."""
 
     @property
     def expert_elements(self) -> int:
@@ -137,8 +152,12 @@ def base_sizes(config: Config) -> BaseSizes:
             for index, layer in enumerate(lm.model.layers)
         ),
         saved_norms=tuple(_saved_norms(layer, config) for layer in lm.model.layers),
+        saved_weights=heads if lm.config._attn_implementation == "eager" else 0,
         num_groups=rule.num_groups,
         groups_kept=rule.groups_kept,
+        router_fp32=keys.fp32,
+        router_product_fp32=rule.fp32_logits,
+        router_corrected=bool(keys.correction_bias),
     )
 
 
@@ -196,44 +215,89 @@ def _saved_norms(layer: Any, config: Config) -> int:
 
 
 @dataclass(frozen=True)
-class ExtensionSizes:
-    """What an extension adds, in elements."""
+class ExtendedLayer:
+    """What an extension adds to one layer, in elements."""
 
-    num_layers: int
-    """Layers that get new experts."""
+    layer: int
     num_new: int
-    """New experts of each."""
-    trained_expert: int
-    """Trainable elements of one new expert."""
+    rows: tuple[int, ...]
+    """Tensors of its trainable router rows: weights and biases."""
+    calibration: tuple[int, ...]
+    """Tensors of its trainable calibration."""
+    calibration_units: int
+    """Hidden units of the calibration."""
+
+
+@dataclass(frozen=True)
+class ExtensionSizes:
+    """What an extension adds, layer by layer, in elements."""
+
+    layers: tuple[ExtendedLayer, ...]
+    """In order. Before a probe has chosen them they are the last sparse ones; only what lies below a
+    stage that trains no connector depends on which they are."""
+    trained_expert: tuple[int, ...]
+    """Trainable tensors of one new expert."""
     fixed_expert: int
     """Its elements that stay: a low-rank expert's copy of its source."""
-    rows: int
-    """Trainable router rows and biases of one layer."""
-    calibration: int
-    """Trainable elements of one layer's calibration."""
+    lora_rank: int
+    """Of low-rank experts; 0: they are whole."""
+    rows_fp32: bool
+    """Router rows stay fp32 in a bf16 model, as the family's own do."""
+    corrected: bool
+    """Every new expert has a correction of its choice, an fp32 number that no optimizer has."""
+    shares_slots: bool
+    """A clone takes a slot of its own beside its source's."""
+
+    @property
+    def num_new(self) -> int:
+        """New experts of all layers."""
+        return sum(layer.num_new for layer in self.layers)
+
+    @property
+    def most_new(self) -> int:
+        """New experts of the layer that has most."""
+        return max(layer.num_new for layer in self.layers)
+
+    @property
+    def new_of(self) -> dict[int, int]:
+        """Layer -> its number of new experts."""
+        return {layer.layer: layer.num_new for layer in self.layers}
 
 
 def extension_sizes(base: BaseSizes, extension: ExtensionConfig) -> ExtensionSizes:
-    """Sizes of the configured extension; before a probe has chosen them, layers are only counted.
-
-    Where layers differ in their number of new experts, each is taken to have the largest.
-    """
-    num_new = max(map(len, extension.sources.values()), default=extension.num_new_experts)
-    total = base.num_experts + num_new
-    num_layers = len(extension.named_layers) or max(
-        1, int(extension.layer_share * len(base.sparse_layers) + 1e-9)
+    """Sizes of the configured extension; before a probe has chosen them, layers are only counted."""
+    if extension.sources:
+        new_of = {layer: len(extension.sources[layer]) for layer in sorted(extension.sources)}
+    else:
+        count = max(1, int(extension.layer_share * len(base.sparse_layers) + 1e-9))
+        layers = extension.named_layers or base.sparse_layers[-count:]
+        new_of = dict.fromkeys(sorted(layers), extension.num_new_experts)
+    low = extension.expert_type is ExpertType.lora
+    dim, wide = base.expert.hidden_dim, base.expert.intermediate_dim
+    trained: tuple[int, ...] = (2 * wide * dim, dim * wide)
+    if base.expert.bias:
+        trained += (2 * wide, dim)
+    fixed, rank = 0, extension.lora_rank if low else 0
+    if low:
+        trained, fixed = (2 * rank * dim, 2 * rank * wide, rank * wide, rank * dim), sum(trained)
+    found = []
+    for layer, num_new in new_of.items():
+        total = base.num_experts + num_new
+        units = max(2 * total - 2, 2) if extension.calibration is CalibrationKind.mlp_add else 0
+        calibration: tuple[int, ...] = (total * units, total * units) if units else ()
+        if extension.calibration is CalibrationKind.vector_add:
+            calibration = (total,)
+        rows = (num_new * base.hidden_dim, num_new)
+        found.append(ExtendedLayer(layer, num_new, rows, calibration, units))
+    return ExtensionSizes(
+        layers=tuple(found),
+        trained_expert=trained,
+        fixed_expert=fixed,
+        lora_rank=rank,
+        rows_fp32=base.router_fp32,
+        corrected=base.router_corrected or extension.loss_free_rate > 0,
+        shares_slots=extension.row_init is RowInit.clone_shared,
     )
-    trained, fixed = base.expert_elements, 0
-    if extension.expert_type is ExpertType.lora:
-        wide = base.expert.hidden_dim + base.expert.intermediate_dim
-        trained, fixed = 3 * extension.lora_rank * wide, trained
-    calibration = {
-        CalibrationKind.none: 0,
-        CalibrationKind.vector_add: total,
-        CalibrationKind.mlp_add: 2 * total * max(2 * total - 2, 2),
-    }[extension.calibration]
-    rows = num_new * (base.hidden_dim + 1)
-    return ExtensionSizes(num_layers, num_new, trained, fixed, rows, calibration)
 
 
 @dataclass(frozen=True)
@@ -244,8 +308,8 @@ class EncoderSizes:
     feature_dim: int
     tokens_per_item: int
     flops_per_item: float
-    connector: int
-    """Trainable elements of the connector."""
+    connector: tuple[int, ...]
+    """Trainable tensors of the connector."""
     connector_buffer_bytes: int
 
 
@@ -263,8 +327,8 @@ def encoder_sizes(encoder: EncoderConfig, connector_dim: int, llm_dim: int) -> E
         feature_dim = tower.hidden_size
         patches = (tower.image_size // tower.patch_size) ** 2
         flops = 2.0 * _numel(network) * patches
-    connector = (feature_dim + 1) * connector_dim + (connector_dim + 1) * llm_dim
-    connector += feature_dim * llm_dim
+    wide = connector_dim
+    connector = (feature_dim * wide, wide, wide * llm_dim, llm_dim, feature_dim * llm_dim)
     return EncoderSizes(
         elements=_numel(network),
         feature_dim=feature_dim,
@@ -309,19 +373,18 @@ def _tower_on_meta(path: str) -> tuple[nn.Module, Config]:
         return model_class(tower), tower
 
 
-def trained_elements(
-    train: list[Trainable],
-    base: BaseSizes,
-    extension: ExtensionSizes,
-    encoders: list[EncoderSizes],
-) -> tuple[int, int]:
-    """Elements that a stage with this list trains: (equal on every rank, of all new experts)."""
-    sizes = {
-        Trainable.connector: sum(encoder.connector for encoder in encoders),
-        Trainable.router_delta: len(base.sparse_layers) * base.num_experts * base.hidden_dim,
-        Trainable.new_rows: extension.num_layers * extension.rows,
-        Trainable.calibration: extension.num_layers * extension.calibration,
+def trainable_tensors(
+    base: BaseSizes, extension: ExtensionSizes, encoders: list[EncoderSizes], held: list[int]
+) -> dict[Trainable, list[int]]:
+    """Part that a stage may train -> elements of its tensors on a rank, in the optimizer's order.
+
+    Args:
+        held: new experts of every extended layer that the rank holds.
+    """
+    return {
+        Trainable.connector: [size for encoder in encoders for size in encoder.connector],
+        Trainable.router_delta: [base.num_experts * base.hidden_dim for _ in base.sparse_layers],
+        Trainable.new_rows: [size for layer in extension.layers for size in layer.rows],
+        Trainable.calibration: [size for layer in extension.layers for size in layer.calibration],
+        Trainable.new_experts: [n * size for n in held for size in extension.trained_expert],
     }
-    experts = extension.num_layers * extension.num_new * extension.trained_expert
-    replicated = sum(size for part, size in sizes.items() if part in train)
-    return replicated, experts if Trainable.new_experts in train else 0

@@ -66,8 +66,8 @@ def step_flops(
     attention = base.num_layers * base.attention_width * work.length * (passes + live)
     expert = 2 * 3 * base.expert.hidden_dim * base.expert.intermediate_dim
     routed = len(base.sparse_layers) * base.top_k * expert * passes
-    of_new = extension.num_layers * base.top_k * work.new_share * expert
-    routed += of_new * extension.trained_expert / base.expert_elements
+    of_new = len(extension.layers) * base.top_k * work.new_share * expert
+    routed += of_new * sum(extension.trained_expert) / base.expert_elements
     layers = (dense + attention + routed) * work.tokens
     head = 4 * base.vocabulary * base.hidden_dim * work.targets(encoders) * work.accumulation
     items = work.items * work.sequences * work.accumulation if work.runs_encoders else 0

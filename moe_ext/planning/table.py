@@ -29,8 +29,9 @@ def describe(placed: Placed) -> str:
     words.append(f"ZeRO {placed.zero_stage}")
     if placed.frozen_bits:
         words.append(f"{placed.frozen_bits} bits")
-    if placed.num_hot:
-        words.append(f"{placed.num_hot} hot")
+    if any(placed.hot):
+        least, most = min(placed.hot), max(placed.hot)
+        words.append(f"{most} hot" if least == most else f"{least} to {most} hot")
     return ", ".join(words)
 
 

@@ -7,35 +7,76 @@ is expected is exact for a router that chooses every set of K experts equally of
 set of groups, then every set of K experts in them); a skewed router visits fewer ranks.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from math import comb
 
 from moe_ext.config import Placement
+from moe_ext.model.dispatch import Liveness
 from moe_ext.model.placement import owners
 
 WEIGHT_BYTES, ID_BYTES, COUNT_BYTES = 4, 2, 16
 """Of a routing weight (fp32), an expert id (int16) and a rank's numbers of rows and live rows (int64)."""
 
 
-def row_bytes(
-    hidden_dim: int, element_bytes: int, slots: int, live_input: bool = True, live: bool = True
-) -> int:
-    """Payload of one (token, other rank) pair, there and back, forward and backward.
+@dataclass(frozen=True)
+class Traffic:
+    """The exchange of one sparse layer in one micro-batch.
 
-    Forward D elements and S weights and ids go, D elements come back. Backward the gradient of the
-    result goes (`live`: anything below or in the layer trains), that of the weights comes back, and
-    that of the token's elements where something below the layer trains (`live_input`).
+    Every (token, other rank) pair is a row. `forward` is the payload of a row there and back, over both
+    ranks; `backward` that of the gradients of a row whose token is live. `collectives_*` are what every
+    rank of the group takes part in.
     """
-    elements = hidden_dim * element_bytes
-    total = 2 * elements + slots * (WEIGHT_BYTES + ID_BYTES)
-    if live or live_input:
-        total += elements + slots * WEIGHT_BYTES + (elements if live_input else 0)
-    return total
+
+    layer: int
+    forward: int
+    backward: int
+    visits: float
+    """Rows a token: the other ranks that it is expected to go to."""
+    counts: int
+    """Bytes of the numbers of rows, that a rank sends to all others."""
+    collectives_forward: int
+    collectives_backward: int
+
+    @property
+    def collectives(self) -> int:
+        return self.collectives_forward + self.collectives_backward
+
+    @property
+    def bytes_a_token(self) -> float:
+        """Of a live token, expected."""
+        return self.visits * (self.forward + self.backward)
 
 
-def count_bytes(ep_size: int) -> int:
-    """A rank's numbers of rows for the others, once a layer and forward pass."""
-    return COUNT_BYTES * (ep_size - 1)
+def layer_traffic(
+    layer: int,
+    hidden_dim: int,
+    element_bytes: int,
+    slots: int,
+    ep_size: int,
+    visits: float,
+    liveness: Liveness,
+    again: bool = False,
+) -> Traffic:
+    """What a layer exchanges; `again` with activation checkpointing, which repeats its forward pass.
+
+    Forward, counts go first; then D elements, and S weights and ids; D elements come back. In
+    backward the gradient of the result goes, those of weights and of the token's elements come back, as
+    far as something trains that they reach.
+    """
+    elements, times = hidden_dim * element_bytes, 2 if again else 1
+    starts = liveness.input or liveness.weight
+    backward = [elements] * liveness.output + [slots * WEIGHT_BYTES] * starts
+    backward += [elements] * liveness.input
+    return Traffic(
+        layer=layer,
+        forward=times * (2 * elements + slots * (WEIGHT_BYTES + ID_BYTES)),
+        backward=sum(backward),
+        visits=visits,
+        counts=times * COUNT_BYTES * (ep_size - 1),
+        collectives_forward=times * 4,
+        collectives_backward=len(backward),
+    )
 
 
 def missed(

@@ -145,6 +145,6 @@ def test_more_ranks_and_hot_experts_move_the_figures_as_they_must():
     assert of(many, 8).memory.frozen == of(many, 2).memory.frozen / 4
     assert of(many, 8).wire_bytes > of(many, 2).wire_bytes
     subject, cluster = many.subject, many.cluster
-    hot = make_plan(subject, cluster, (0,), num_hot=2)
+    hot = make_plan(subject, cluster, (0,), (2,) * 32)
     assert of(hot, 8).wire_bytes < of(many, 8).wire_bytes
     assert of(hot, 8).memory.frozen > of(many, 8).memory.frozen

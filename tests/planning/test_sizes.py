@@ -65,13 +65,17 @@ def test_connectors_and_extensions_are_counted_as_they_are_built():
     assert sizes.elements == sum(p.numel() for p in network.parameters())
     assert 0.7e9 < sizes.flops_per_item < 0.9e9  # published: 407 M multiply-adds
     connector = Connector(efficientnet.FEATURE_DIM, 24, 32)
-    assert sizes.connector == sum(p.numel() for p in connector.parameters())
+    assert sizes.connector == tuple(p.numel() for p in connector.parameters())
     assert sizes.connector_buffer_bytes == sum(b.nbytes for b in connector.buffers())
     base = base_sizes(tiny_config("mixtral"))
     one = extension_sizes(base, ExtensionConfig(layers=[1], calibration=CalibrationKind.none))
-    assert (one.num_layers, one.trained_expert) == (1, base.expert_elements)
-    own = extension_sizes(base, ExtensionConfig(sources={0: [1], 2: [0, -1, 3]}))
-    assert (own.num_layers, own.num_new) == (2, 3), "as if every layer had the largest number"
+    assert (one.new_of, sum(one.trained_expert)) == ({1: 1}, base.expert_elements)
+    own = extension_sizes(base, ExtensionConfig(sources={2: [0, -1, 3], 0: [1]}))
+    assert own.new_of == {0: 1, 2: 3}
+    assert [layer.rows for layer in own.layers] == [(32, 1), (96, 3)]
+    assert [layer.calibration for layer in own.layers] == [(6 * 10,) * 2, (8 * 14,) * 2]
     low = ExtensionConfig(layers=[1], expert_type=ExpertType.lora, lora_rank=2)
-    assert extension_sizes(base, low).trained_expert == 3 * 2 * (32 + 24)
+    assert sum(extension_sizes(base, low).trained_expert) == 3 * 2 * (32 + 24)
     assert extension_sizes(base, low).fixed_expert == base.expert_elements
+    chosen = extension_sizes(base, ExtensionConfig(layer_share=0.7))
+    assert chosen.new_of == {1: 1, 2: 1}, "the probe chooses: two of three layers, the last ones"

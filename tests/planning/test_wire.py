@@ -10,7 +10,7 @@ from moe_ext.config import Placement
 from moe_ext.model.dispatch import Liveness
 from moe_ext.model.placement import cold_experts, owners
 from moe_ext.model.routing import RoutingRule
-from moe_ext.planning.wire import count_bytes, missed, remote_ranks, row_bytes
+from moe_ext.planning.wire import layer_traffic, missed, remote_ranks
 from tests.model.layers import DIM, Weights, build, counted_bytes
 from tests.ranks import run_ranks
 
@@ -74,9 +74,11 @@ def test_bytes_a_token_are_exact():
     ranks = run_ranks(exchanged, 2, "")
     for index, (hot, live_input, live) in enumerate(CASES):
         both = sum(found[index] for found in ranks)
-        row = row_bytes(DIM, 4, TOP_K, live_input, live)
         visits = remote_ranks(NUM_FROZEN, TOP_K, 2, num_hot=len(hot))
-        assert both == pytest.approx(2 * tokens * visits * row + 2 * count_bytes(2), abs=1e-6)
+        planned = layer_traffic(0, DIM, 4, TOP_K, 2, visits, Liveness(live_input, live))
+        assert both == pytest.approx(
+            2 * (tokens * planned.bytes_a_token + planned.counts), abs=1e-6
+        )
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "ep_size", "hot"), [
