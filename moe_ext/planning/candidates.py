@@ -14,7 +14,7 @@ from moe_ext.config import (
 )
 from moe_ext.config_cluster import ClusterConfig
 from moe_ext.model.dispatch import Liveness
-from moe_ext.planning.memory import Placed, RankMemory, held_new, rank_memory
+from moe_ext.planning.memory import Placed, RankMemory, held_new, loads_of, rank_memory
 from moe_ext.planning.sizes import (
     BaseSizes,
     EncoderSizes,
@@ -230,7 +230,7 @@ def evaluate(subject: Subject, placed: Placed, cluster: ClusterConfig) -> Candid
     else:
         reduced = (sum(reduced), 0.0)
     time = step_time(
-        step_flops(base, extension, encoders, work),
+        step_flops(base, extension, encoders, work, loads_of(base, extension, placed)),
         sum(layer.bytes_a_token for layer in traffic),
         sum(layer.collectives for layer in traffic) * work.accumulation,
         placed.ep_size if traffic else 1,

@@ -180,16 +180,13 @@ def kept_gradient(tensors: list[int], among: int, index: int | None) -> int:
     Args:
         index: the rank's place among those; None: the place that keeps most.
     """
-    share = -(-sum(tensors) // among)
-    places = range(among) if index is None else [index]
-    kept = dict.fromkeys(places, 0)
-    first = 0
+    share = max(-(-sum(tensors) // among), 1)
+    kept, end = [0] * among, 0
     for size in tensors:
-        for place in places if size else ():
-            if first < (place + 1) * share and first + size > place * share:
-                kept[place] += size
-        first += size
-    return max(kept.values())
+        first, end = end, end + size
+        for place in range(first // share, (end - 1) // share + 1) if size else ():
+            kept[place] += size
+    return max(kept) if index is None else kept[index]
 
 
 def held_new(extension: ExtensionSizes, placed: Placed, ep_rank: int = 0) -> list[int]:
@@ -205,6 +202,24 @@ def held_experts(num_experts: int, ep_size: int, placement: Placement, num_hot: 
     if placement is Placement.replicate or ep_size == 1:
         return [num_experts] * ep_size
     return [num_hot + len(ids) for ids in owners(num_experts - num_hot, ep_size, placement)]
+
+
+def loads_of(
+    base: BaseSizes, extension: ExtensionSizes, placed: Placed
+) -> dict[int, tuple[float, float]]:
+    """Sparse layer -> work of a group's first rank over the mean, of frozen and of new experts, where all
+    experts of a bank are chosen equally often. One new expert on two ranks: its holder has twice the mean."""
+    ep, new_of, found = placed.ep_size, extension.new_of, {}
+    for index, layer in enumerate(base.sparse_layers):
+        frozen = new = 1.0
+        if ep > 1 and placed.frozen is Placement.shard:
+            hot = placed.hot_in(index)
+            held = held_experts(base.num_experts, ep, placed.frozen, hot)[0]
+            frozen = (hot + ep * (held - hot)) / base.num_experts
+        if placed.shards_new and layer in new_of:
+            new = ep * len(owners(new_of[layer], ep, placed.new)[0]) / new_of[layer]
+        found[layer] = (frozen, new)
+    return found
 
 
 def activation_bytes(

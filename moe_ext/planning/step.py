@@ -1,8 +1,9 @@
 """Predicted seconds of a training step of one rank: products, exchange, reduction of gradients.
 
-A model to compare placements with, not a promise: ranks are taken to be equally loaded, nothing
-overlaps, an exchange costs its bytes over the link's bandwidth and a fixed latency, a reduction its
-bytes alone. Left out are the optimizer, the loader, and encoders whose features come from a cache.
+A model to compare placements with, not a promise: experts of a bank are taken to be equally loaded, and
+the step lasts as long as the rank that holds most of them needs; nothing overlaps, an exchange costs
+its bytes over the link's bandwidth and a fixed latency, a reduction its bytes alone. Left out are the
+optimizer, the loader, and encoders whose features come from a cache.
 
 Products, counted as two operations a multiply-add, of one token:
 
@@ -56,19 +57,34 @@ class Work:
         return self.sequences * max(self.length - media, 1)
 
 
+EVEN = (1.0, 1.0)
+
+
 def step_flops(
-    base: BaseSizes, extension: ExtensionSizes, encoders: list[EncoderSizes], work: Work
+    base: BaseSizes,
+    extension: ExtensionSizes,
+    encoders: list[EncoderSizes],
+    work: Work,
+    loads: dict[int, tuple[float, float]] | None = None,
 ) -> float:
-    """Operations of one rank in one step."""
+    """Operations of one rank in one step.
+
+    Args:
+        loads: sparse layer -> work of the rank over the mean, of frozen and of new experts
+            (`memory.loads_of`); None: even.
+    """
     live = work.live_layers / base.num_layers
     passes = 1 + live + (live if work.recompute else 0)
     dense = 2 * base.linear * passes
     attention = base.num_layers * base.attention_width * work.length * (passes + live)
     expert = 2 * 3 * base.expert.hidden_dim * base.expert.intermediate_dim
-    routed = len(base.sparse_layers) * base.top_k * expert * passes
-    of_new = len(extension.layers) * base.top_k * work.new_share * expert
-    routed += of_new * sum(extension.trained_expert) / base.expert_elements
-    layers = (dense + attention + routed) * work.tokens
+    trained = sum(extension.trained_expert) / base.expert_elements
+    new_of, routed = extension.new_of, 0.0
+    for layer in base.sparse_layers:
+        of_frozen, of_new = (loads or {}).get(layer, EVEN)
+        share = work.new_share if layer in new_of else 0.0
+        routed += (1 - share) * of_frozen * passes + share * of_new * (passes + trained)
+    layers = (dense + attention + base.top_k * expert * routed) * work.tokens
     head = 4 * base.vocabulary * base.hidden_dim * work.targets(encoders) * work.accumulation
     items = work.items * work.sequences * work.accumulation if work.runs_encoders else 0
     media = items * sum(encoder.flops_per_item for encoder in encoders)

@@ -54,7 +54,7 @@ def assumptions(plan: Plan) -> str:
     work = plan.subject.work
     return (
         "Memory of the rank that holds most. Every set of experts equally likely, "
-        f"{work.new_share:.0%} of the slots of extended layers to new experts, ranks equally loaded, "
+        f"{work.new_share:.0%} of the slots of extended layers to new experts, experts of a bank equally loaded, "
         "nothing overlaps. Bytes on the wire: of a token, all layers, forward and backward."
     )
 

@@ -13,7 +13,7 @@ from moe_ext.config_check import check_world
 from moe_ext.jobs.runs import run_id
 from moe_ext.planning.candidates import make_plan, subject_of
 from tests.model.tiny import tiny_config
-from tests.planning.test_sizes import MIXTRAL_8X7B, QWEN3_30B
+from tests.planning.known import MIXTRAL_8X7B, QWEN3_30B
 
 
 @pytest.fixture(scope="module")

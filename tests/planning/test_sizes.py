@@ -8,26 +8,8 @@ from moe_ext.model import efficientnet
 from moe_ext.model.connectors import Connector
 from moe_ext.planning.sizes import base_sizes, encoder_sizes, extension_sizes
 from tests.model.tiny import TINY, tiny_config
+from tests.planning.known import DEEPSEEK_V3, MIXTRAL_8X7B, QWEN3_30B
 
-QWEN3_30B = {
-    "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
-    "moe_intermediate_size": 768, "num_experts_per_tok": 8, "decoder_sparse_step": 1,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-MIXTRAL_8X7B = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
-    "num_experts_per_tok": 2, "tie_word_embeddings": False,
-}  # fmt: skip
-DEEPSEEK_V3 = {
-    "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
-    "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
-    "num_key_value_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256,
-    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "qk_nope_head_dim": 128, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3, "tie_word_embeddings": False,
-}  # fmt: skip
 PUBLISHED = {
     # model_type: (dimensions, all parameters, billions that a token meets, rounded to)
     "mixtral": (MIXTRAL_8X7B, 46_702_792_704, 12.9, 0.1),
