@@ -235,9 +235,13 @@ class StageConfig:
     """probe: samples whose expert selections are counted."""
     statistics_data: str = "probe"
     """probe: name of the stream of these samples; none of them is trained on."""
+    spike_sigmas: float = 8.0
+    """A step is skipped by all ranks when its loss or its gradient's norm is so many standard deviations
+    above the mean of the last steps; 0: only when one of them is not finite."""
+    spike_window: int = 128
+    """The last steps taken, so many; none is a spike before half of them are known."""
     max_bad_steps: int = 10
-    """Steps in a row with a loss or gradient that is not finite, each skipped by all ranks, before
-    the run stops."""
+    """Skipped steps in a row before the run stops."""
     data: str = "train"
     """Name of the sample stream in `data.streams`."""
 

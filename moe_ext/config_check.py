@@ -354,6 +354,8 @@ def _check_stage(name: str, stage: StageConfig, config: TrainConfig) -> None:
     at_least(f"{key}.accumulation", stage.accumulation, 1)
     at_least(f"{key}.checkpoint_every", stage.checkpoint_every, 0)
     at_least(f"{key}.max_bad_steps", stage.max_bad_steps, 0)
+    at_least(f"{key}.spike_sigmas", stage.spike_sigmas, 0.0)
+    at_least(f"{key}.spike_window", stage.spike_window, 2)
     at_least(f"{key}.balance_coefficient", stage.balance_coefficient, 0.0)
     at_least(f"{key}.z_coefficient", stage.z_coefficient, 0.0)
     at_least(f"{key}.router_kl_coefficient", stage.router_kl_coefficient, 0.0)

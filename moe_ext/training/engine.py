@@ -11,6 +11,7 @@ of such a class stands beside them, and every rank registers a tagged anchor of 
 that holds no new expert would otherwise have no expert group, and the collectives would mispair.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -275,55 +276,53 @@ class Engine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # only counts the micro-batch
 
-    def part_norms(self) -> dict[str, float]:
-        """Gradient norm of every part, before clipping. A collective, between backward and step."""
-        groups = range(len(self.parts))
-        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=self.topology.device)
-        if self.settings.zero_stage == 0:
-            for index in groups:
-                for p in self.adam.param_groups[index]["params"]:
-                    if p.grad is not None:
-                        squares[index] += p.grad.double().square().sum()
-            return dict(zip(self.parts, squares.sqrt().tolist(), strict=True))
-        for index in groups:
-            for gradient in self.deepspeed.optimizer.averaged_gradients[index] or []:
-                squares[index] += gradient.double().square().sum()
-        dist.all_reduce(squares)
-        return dict(zip(self.parts, squares.sqrt().tolist(), strict=True))
+    def part_squares(self) -> Tensor:
+        """(parts,) fp64: this rank's share of every part's squared gradient norm, before clipping.
 
-    def step(self, learning_rate: float) -> tuple[bool, float]:
-        """One optimizer step: whether it was taken, and the gradient's norm before clipping.
+        Over all ranks the shares sum to the squares. Between backward and step.
+        """
+        if self.settings.zero_stage == 0:  # replicas hold the same gradient: a share of it each
+            shares = [
+                [_square(p.grad) / self._copies(p) for p in group["params"] if p.grad is not None]
+                for group in self.adam.param_groups
+            ]
+        else:
+            gradients = self.deepspeed.optimizer.averaged_gradients
+            shares = [[_square(g) for g in gradients[i] or []] for i in range(len(self.parts))]
+        zero = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        return torch.stack([sum(of_part, zero) for of_part in shares])
 
-        A gradient with a value that is not finite is dropped, on all ranks alike.
+    def step(self, learning_rate: float, *, drop: bool = False) -> tuple[bool, float]:
+        """One optimizer step: whether it was taken, and DeepSpeed's norm of the gradient before clipping.
 
-        Raises:
-            RuntimeError: such a gradient under ZeRO-0, which cannot drop it.
+        A gradient with a value that is not finite is dropped, on all ranks alike. DeepSpeed finds
+        those under ZeRO-1 and 2 alone, and computes no norm under ZeRO-0.
+
+        Args:
+            drop: do not take the step; equal on all ranks.
         """
         if self.at_first_step is not None:
             self.at_first_step()
             self.at_first_step = None
-        if self.settings.zero_stage == 0:
-            self._refuse_bad_gradient()
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
+        if drop:
+            self._spoil_gradient()
         skipped = self.deepspeed.skipped_steps
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
-        return self.deepspeed.skipped_steps == skipped, float("nan") if norm is None else float(
-            norm
-        )
+        taken = not drop and self.deepspeed.skipped_steps == skipped
+        return taken, float("nan") if norm is None else float(norm)
 
-    def _refuse_bad_gradient(self) -> None:
-        """Without ZeRO, DeepSpeed's fp32 step would write a NaN into weights and moments."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        bad = torch.zeros(1, device=self.topology.device)
-        bad += float(not all(bool(g.isfinite().all()) for g in gradients))
-        dist.all_reduce(bad)
-        if bad.item():
-            raise RuntimeError(
-                "a gradient is not finite, and parallel.zero_stage=0 cannot skip a step; use "
-                "parallel.zero_stage=1"
-            )
+    def _spoil_gradient(self) -> None:
+        """Make DeepSpeed leave this step out, by its own way for gradients that are not finite."""
+        if self.settings.zero_stage == 0:
+            for parameter in self.parameters():
+                parameter.grad = None  # Adam passes over it: neither weight nor moments move
+            return
+        for gradients in self.deepspeed.optimizer.averaged_gradients.values():
+            for gradient in gradients or []:
+                gradient.fill_(math.inf)
 
     def destroy(self) -> None:
         """Let go of the engine's memory; the parameters stay with the model."""
@@ -403,6 +402,11 @@ def expert_marker(topology: Topology) -> nn.Module:
             raise AssertionError("the marker computes nothing")
 
     return ExpertMarker()
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """() fp64: the sum of squares."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
 
 
 def _tag(parameter: nn.Parameter, group_name: str) -> None:

@@ -7,7 +7,7 @@ all ranks and micro-batches, so it means the same for any number of both.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from moe_ext.data import Loader, Skip, TooManyBadSamples
 from moe_ext.model.losses import balance_loss, router_kl, selection_counts, z_loss
 from moe_ext.model.multimodal import Output
 from moe_ext.training.audit import Audit
+from moe_ext.training.bad_steps import why_bad
 from moe_ext.training.engine import Engine
 from moe_ext.training.publishing import Publisher
 from moe_ext.training.signals import StopFlag
@@ -32,7 +33,7 @@ MODALITIES = ("text", "image")
 
 
 class TooManyBadSteps(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row were skipped: loss or gradient not finite, or a spike of either."""
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Position:
     """Tokens of all ranks so far, padding not counted."""
     elapsed_s: float = 0.0
     """Training time so far, over all starts."""
+    recent: list[list[float]] = field(default_factory=list)
+    """[loss, gradient norm] of the last `spike_window` steps that were taken, the newest last."""
 
 
 def learning_rate_at(step: int, stage: StageConfig) -> float:
@@ -131,23 +134,24 @@ def train(
 
             if audit is not None:
                 audit.backward()
-            part_norms = engine.part_norms() if logs else {}
+            losses, part_norms = step_numbers(shown, engine)
+            nll_mean, norm = losses["nll"], math.hypot(*part_norms.values())
+            bad = why_bad(nll_mean, norm, position.recent, stage.spike_sigmas, stage.spike_window)
             learning_rate = learning_rate_at(position.step, stage)
-            taken, norm = engine.step(learning_rate)
+            taken, engine_norm = engine.step(learning_rate, drop=bool(bad))
             if audit is not None:
-                audit.step(taken, norm)
+                audit.step(taken, engine_norm)
             if taken and balance_choice is not None:
                 balance_choice(choices)
 
             tracker.alive()
             position.step += 1
             position.tokens += int(num_tokens)
-            count_bad_steps(taken, name, stage, position, tracker)
+            bad = bad or ("" if taken else "gradient not finite")
+            count_bad_steps(bad, nll_mean, norm, name, stage, position, tracker)
             if logs:
-                dist.all_reduce(shown)
                 experts = _expert_metrics(selections, num_frozen)
                 took_s = time.perf_counter() - began
-                losses = dict(zip(LOSSES, shown.tolist(), strict=True))
                 record: dict[str, Any] = {
                     "stage": name,
                     "step": position.step,
@@ -165,9 +169,7 @@ def train(
                     **experts,
                 }
                 tracker.step(record, global_step + position.step)
-                show(
-                    position.step, f"loss {losses['nll']:.3f}  {num_tokens / took_s:,.0f} tokens/s"
-                )
+                show(position.step, f"loss {nll_mean:.3f}  {num_tokens / took_s:,.0f} tokens/s")
             position.elapsed_s += time.perf_counter() - began
 
             last = position.step == stage.steps
@@ -241,25 +243,54 @@ def check_bad_samples(loader: Loader, num_new_skips: int) -> None:
     raise TooManyBadSamples(count, loader.bad_sample_budget, last)
 
 
+def step_numbers(shares: Tensor, engine: Engine) -> tuple[dict[str, float], dict[str, float]]:
+    """A step's losses by name and its gradient's norms by part, over all ranks. A collective.
+
+    Between backward and step: what decides whether the step is taken, equal on all ranks.
+
+    Args:
+        shares: (4,) fp64, this rank's shares of LOSSES.
+    """
+    together = torch.cat([shares, engine.part_squares()])
+    dist.all_reduce(together)
+    losses, squares = together.split([len(LOSSES), len(engine.parts)])
+    return (
+        dict(zip(LOSSES, losses.tolist(), strict=True)),
+        dict(zip(engine.parts, squares.sqrt().tolist(), strict=True)),
+    )
+
+
 def count_bad_steps(
-    taken: bool, name: str, stage: StageConfig, position: Position, tracker: Tracker
+    reason: str,
+    loss: float,
+    norm: float,
+    name: str,
+    stage: StageConfig,
+    position: Position,
+    tracker: Tracker,
 ) -> None:
-    """Note whether the step was taken; it is the same on all ranks, as the engine's norm is.
+    """Note that a step was taken, or with a `reason` that it was not; the same on all ranks.
 
     Raises:
         TooManyBadSteps: more than `stage.max_bad_steps` in a row were not.
     """
-    position.bad_in_a_row = 0 if taken else position.bad_in_a_row + 1
-    position.bad_steps += not taken
-    if not taken:
-        tracker.event("skipped_step", stage=name, step=position.step)
-        tracker.say(f"[{name}] step {position.step}: gradient not finite, step skipped")
+    if not reason:
+        position.bad_in_a_row = 0
+        position.recent = [*position.recent, [loss, norm]][-stage.spike_window :]
+        return
+    position.bad_in_a_row += 1
+    position.bad_steps += 1
+    tracker.event(
+        "skipped_step", stage=name, step=position.step, reason=reason, nll=loss, grad_norm=norm
+    )
+    tracker.say(f"[{name}] step {position.step}: {reason}; step skipped")
     if position.bad_in_a_row > stage.max_bad_steps:
         raise TooManyBadSteps(
-            f"stage {name}: {position.bad_in_a_row} steps in a row had a loss or gradient that is not "
-            f"finite, more than stages.{name}.max_bad_steps={stage.max_bad_steps}; lower "
-            f"stages.{name}.learning_rate={stage.learning_rate} or look at the data around step "
-            f"{position.step}"
+            f"stage {name}: {position.bad_in_a_row} steps in a row were skipped, more than "
+            f"stages.{name}.max_bad_steps={stage.max_bad_steps}; the last because: {reason}. Lower "
+            f"stages.{name}.learning_rate={stage.learning_rate}, look at the data around step "
+            f"{position.step}, or, where the run is healthy, raise "
+            f"stages.{name}.spike_sigmas={stage.spike_sigmas:g} (0: only what is not finite is skipped)"
         )
 
 

@@ -27,7 +27,9 @@ FREE = (
 """Settings that change nothing about a result, wherever they stand."""
 
 BATCH = ("sequences_per_rank", "accumulation")
-FREE_OF_STAGE = ("checkpoint_every", *BATCH)
+RULES = ("spike_sigmas", "spike_window", "max_bad_steps")
+"""Of a stage: which steps are skipped and when that ends it. The remedy for an end is another value."""
+FREE_OF_STAGE = ("checkpoint_every", *RULES, *BATCH)
 """Of a stage: with another number of ranks, others of BATCH give the same steps (`check_batch`)."""
 
 
@@ -101,7 +103,8 @@ class Run:
 
 def without_free(part: Any) -> Any:
     """A part of the settings without those that change nothing."""
-    return {k: v for k, v in part.items() if k not in FREE} if isinstance(part, dict) else part
+    free = (*FREE, *RULES)  # the rules stand in what earlier versions published
+    return {k: v for k, v in part.items() if k not in free} if isinstance(part, dict) else part
 
 
 def check_identity(run: Run, name: str, source: Published) -> None:

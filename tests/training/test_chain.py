@@ -38,11 +38,11 @@ def _at_step(number, act):
     """Call `act` before the engine's `number`-th step in a stage of TUNE_STEPS steps."""
     step = Engine.step
 
-    def counted(self, learning_rate):
+    def counted(self, *args, **options):
         self.steps_seen = getattr(self, "steps_seen", 0) + 1
         if self.settings.accumulation == 2 and self.steps_seen == number:
             act()
-        return step(self, learning_rate)
+        return step(self, *args, **options)
 
     Engine.step = counted
     return lambda: setattr(Engine, "step", step)

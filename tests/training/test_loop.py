@@ -58,7 +58,7 @@ class _Engine:
 
     def __init__(self, bad=()):
         self.topology = Topology(Ranks(0, 1, 0, 1), torch.device("cpu"), 1, 0, None, 5.0)
-        self.bad, self.losses, self.steps = bad, [], 0
+        self.bad, self.losses, self.steps, self.parts = bad, [], 0, ["connector"]
 
     def __call__(self, batch, mask, with_losses):
         context = RoutingContext(batch.modality_ids, batch.segment_ids)
@@ -69,10 +69,10 @@ class _Engine:
     def backward(self, loss):
         self.losses.append(loss.item())
 
-    def part_norms(self):
-        return {}
+    def part_squares(self):
+        return torch.ones(1, dtype=torch.float64)
 
-    def step(self, learning_rate):
+    def step(self, learning_rate, drop=False):
         self.steps += 1
         return self.steps not in self.bad, 1.0
 

@@ -191,6 +191,8 @@ def test_a_result_of_other_settings_is_refused(tmp_path):
     check_identity(run, "tune", source(dict(ours)))
     # how a shard is fetched changes no result, whenever that was decided
     check_identity(run, "tune", source({**ours, "optim": {"clip_norm": 1.0, "fetch_tries": 9}}))
+    # which steps are skipped may be decided anew: that is the remedy when a run ended over it
+    check_identity(run, "tune", source({**ours, "stage": {"steps": 5, "max_bad_steps": 10}}))
     for theirs, key in (
         ({**ours, "stage": {"steps": 6}}, "stages.tune.steps"),
         ({**ours, "optim": {"clip_norm": 2.0}}, "optim.clip_norm"),
