@@ -91,13 +91,15 @@ def write_shards(
     """Path of the manifest of new shards `NAME-000000.tar`, ... of (split, sample) pairs.
 
     Times and owners in the tars are fixed, so the same samples give the same bytes. The manifest is
-    published last: without it the folder is not a data set, and a rerun overwrites it.
+    published last: without it the folder is not a data set, and a rerun, whose first act is to remove
+    an earlier one, overwrites what is there.
 
     Raises:
         ValueError: a key repeats, or holds a dot or `..` (readers would split it elsewhere).
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / f"{name}.json").unlink(missing_ok=True)  # of other bytes than those that come now
     splits: dict[str, str] = {}
     written: list[str] = []
     writer = ShardWriter(

@@ -232,6 +232,9 @@ class Publisher:
         self._check_owner()
         replaced = job.final.with_name(job.final.name + ".replaced")  # as good, until the rename
         if job.final.exists():  # the same step again, after a resume from an earlier one
+            remove_published(
+                replaced
+            )  # a start killed between the two renames and the removal left it
             os.rename(job.final, replaced)
         os.rename(job.partial, job.final)
         sync_folder(job.final.parent)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import tarfile
 
 import pytest
@@ -20,6 +21,40 @@ from moe_ext.data import (
 )
 from moe_ext.data.shards import ShardFiles, index_tar, parse_sample
 from tests.data.inputs import make_pairs, pair
+
+
+def _killed_at(folder, sample: int, again: bool) -> None:
+    """A process that writes shards, over others where `again`, and is killed at a sample."""
+
+    def samples():
+        for i in range(60):
+            if i == sample:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield "train", pair(i + 100 * again)
+        os.kill(os.getpid(), signal.SIGKILL)  # all samples are there, the manifest is not
+
+    pid = os.fork()
+    if not pid:
+        write_shards(samples(), folder, samples_per_shard=7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("sample", [0, 25, 60])
+def test_a_killed_writer_leaves_no_data_set_and_the_next_one_writes_it_whole(
+    tmp_path, sample, again
+):
+    wanted = make_pairs(tmp_path / "whole", 60).parent
+    folder = tmp_path / "killed"
+    if again:
+        make_pairs(folder, 60)
+    _killed_at(folder, sample, again)
+    with pytest.raises(ManifestError):
+        Manifest.load(folder / "shard.json")
+    make_pairs(folder, 60)
+    for path in wanted.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_every_indexed_sample_is_what_webdataset_reads(pairs):

@@ -93,6 +93,34 @@ def test_the_same_step_again_never_leaves_none(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 
+def test_killed_between_its_renames_it_is_published_again(tmp_path, monkeypatch):
+    """Each rename of a publication in turn is the last thing that a start does."""
+    rename = os.rename
+    for last in (1, 2, 3):
+        folder = tmp_path / str(last)
+        publish(folder, "step-1", _snapshot(torch.ones(1)))
+        calls = []
+
+        def dying(source, target, calls=calls, last=last):
+            if len(calls) == last:
+                raise SystemExit("killed")
+            calls.append(source)
+            rename(source, target)
+
+        monkeypatch.setattr(os, "rename", dying)
+        if last < 3:  # the third is the removal's, which cannot fail any more
+            with pytest.raises(CheckpointError):
+                publish(folder, "step-1", _snapshot(torch.full((1,), 2.0)))
+        else:
+            publish(folder, "step-1", _snapshot(torch.full((1,), 2.0)))
+        monkeypatch.setattr(os, "rename", rename)
+        assert all(Published(p).tensor("a").item() in (1.0, 2.0) for p in published(folder))
+        assert published(folder)
+        publish(folder, "step-1", _snapshot(torch.full((1,), 3.0)))
+        assert [p.name for p in folder.iterdir()] == ["step-1"]
+        assert Published(folder / "step-1").tensor("a").item() == 3.0
+
+
 def test_a_copy_that_lost_the_folder_touches_nothing(tmp_path):
     theirs = tmp_path / ".step-5.newer.partial"
     theirs.mkdir()
