@@ -295,8 +295,7 @@ class Engine:
     def step(self, learning_rate: float, *, drop: bool = False) -> tuple[bool, float]:
         """One optimizer step: whether it was taken, and DeepSpeed's norm of the gradient before clipping.
 
-        A gradient with a value that is not finite is dropped, on all ranks alike. DeepSpeed finds
-        those under ZeRO-1 and 2 alone, and computes no norm under ZeRO-0.
+        DeepSpeed drops a gradient that is not finite under ZeRO-1 and 2, and has no norm under ZeRO-0.
 
         Args:
             drop: do not take the step; equal on all ranks.
@@ -306,23 +305,30 @@ class Engine:
             self.at_first_step = None
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
-        if drop:
-            self._spoil_gradient()
         skipped = self.deepspeed.skipped_steps
-        self.deepspeed.step()
+        if drop:
+            self._drop_step()
+        else:
+            self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         taken = not drop and self.deepspeed.skipped_steps == skipped
         return taken, float("nan") if norm is None else float(norm)
 
-    def _spoil_gradient(self) -> None:
-        """Make DeepSpeed leave this step out, by its own way for gradients that are not finite."""
+    def _drop_step(self) -> None:
+        """Leave this step out, by DeepSpeed's own way for gradients that are not finite."""
+        from deepspeed.utils import logger
+
         if self.settings.zero_stage == 0:
             for parameter in self.parameters():
                 parameter.grad = None  # Adam passes over it: neither weight nor moments move
-            return
-        for gradients in self.deepspeed.optimizer.averaged_gradients.values():
-            for gradient in gradients or []:
-                gradient.fill_(math.inf)
+        else:
+            for gradients in self.deepspeed.optimizer.averaged_gradients.values():
+                for gradient in gradients or []:
+                    gradient.fill_(math.inf)
+        level = logger.level
+        logger.setLevel("ERROR")  # it would give a wrong reason; the loop knows the right one
+        self.deepspeed.step()
+        logger.setLevel(level)
 
     def destroy(self) -> None:
         """Let go of the engine's memory; the parameters stay with the model."""

@@ -25,6 +25,10 @@ ANYWHERE = "anywhere"
 # name -> the functions whose beginnings and ends it is
 FUNCTIONS = {
     "start": ["moe_ext.training.topology:start", "moe_ext.training.build:prepare"],
+    "features": [
+        "moe_ext.training.feature_cache:_write_shards",
+        "moe_ext.training.feature_cache:_write_index",
+    ],
     "resume": [
         "moe_ext.training.resume:restore_masters",
         "moe_ext.training.checkpoint:Published.verify",
@@ -47,7 +51,10 @@ FUNCTIONS = {
     "extension": ["moe_ext.export:save_extension", "moe_ext.export:sync"],
     "report": ["moe_ext.analysis.report:write_report"],
 }
-IN_FILES = ("middle of a file", "middle of the manifest", "before rename", "after rename")
+IN_FILES = (
+    *("middle of a shard", "middle of a file", "middle of the manifest"),
+    *("before rename", "after rename"),
+)
 POINTS = (*FUNCTIONS, *IN_FILES)
 
 
@@ -171,6 +178,18 @@ def _wrap_files(passing: Counter) -> None:
 
         return wrapped
 
+    def write_tar(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(samples: Any, path: Any) -> Any:
+            def interrupted() -> Any:
+                for number, sample in enumerate(samples):
+                    if number % 50 == 25:
+                        passing("middle of a shard")
+                    yield sample
+
+            return call(interrupted(), path)
+
+        return wrapped
+
     def rename(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(source: Any, target: Any, **options: Any) -> None:
             counts = "partial" not in Path(target).name
@@ -182,6 +201,7 @@ def _wrap_files(passing: Counter) -> None:
 
         return wrapped
 
+    _wrap("moe_ext.training.feature_cache:write_tar", write_tar)
     _wrap("moe_ext.training.publishing:write_file", write_file)
     os.rename = rename(os.rename)  # type: ignore[assignment]
 

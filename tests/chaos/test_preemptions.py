@@ -1,0 +1,83 @@
+"""A run of two ranks is preempted again and again: it publishes, leaves, goes on, and ends as if nobody had.
+
+What W&B holds of it, offline, is looked at after every start: its steps never run backwards.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from moe_ext.training.signals import STOPPED_EXIT_CODE
+from tests.chaos.harness import Chaos, compare
+from tests.chaos.points import Kill
+
+wandb = pytest.importorskip("wandb")
+TRACKED = "tracking.wandb=true"
+
+
+def recorded_steps(chaos: Chaos, name: str) -> list[int]:
+    """`_step` of every row that W&B holds of the run, stage after stage as they were begun."""
+    steps = []
+    folders = sorted((chaos.folder / name / "wandb").glob("offline-run-*"))
+    for stage in ("align", "probe", "tune"):
+        of_stage = [folder for folder in folders if folder.name.endswith(f"-{stage}")]
+        assert len(of_stage) <= 1  # what an earlier start left has been replaced
+        for folder in of_stage:
+            words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            records = map(json.loads, done.stdout.splitlines())
+            steps += [r["history"]["item"]["_step"] for r in records if r["type"] == "history"]
+    return steps
+
+
+def preempted(chaos: Chaos, name: str, times: int, every: int, *more: str) -> None:
+    """A run that is asked to stop so many times, by either signal, to either rank, a few steps on."""
+    rng = random.Random(times)
+    known: list[int] = []
+    for _ in range(times):
+        # the request comes in a step; the next one hears it at its beginning and is the start's last
+        kill = Kill(
+            "backward",
+            rng.randrange(2),
+            number=rng.randrange(1, every + 1),
+            signal=rng.choice([signal.SIGTERM, signal.SIGUSR2]),
+        )
+        chaos.start(name, kill, TRACKED, *more, code=STOPPED_EXIT_CODE)
+        steps = recorded_steps(chaos, name)
+        assert steps == list(range(1, len(steps) + 1))
+        assert steps[: len(known)] == known  # nothing that was there is gone
+        assert len(steps) > len(known)
+        known = steps
+    chaos.start(name, None, TRACKED, *more)
+    found = chaos.evidence(name)
+    # who is asked in a stage's last step leaves before the next one, with nothing to resume from
+    assert times - 3 <= len(found["resumed"]) <= times
+    assert recorded_steps(chaos, name) == list(range(1, len(found["steps"]) + 1))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def test_three_preemptions_cost_nothing(chaos: Chaos) -> None:
+    preempted(chaos, "preempted", 3, 1)
+    found = chaos.evidence("preempted")
+    assert len(found["steps"]) == len(chaos.reference["steps"])  # no step ran twice
+    compare(found, chaos.reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_preemptions_cost_nothing(chaos: Chaos) -> None:
+    longer = ("stages.align.steps=24", "stages.tune.steps=40")
+    chaos.start("long", None, *longer)
+    reference = chaos.evidence("long")
+    preempted(chaos, "preempted-20", 20, 3, *longer)
+    found = chaos.evidence("preempted-20")
+    assert len(found["steps"]) == len(reference["steps"]) == 24 + 2 + 40
+    compare(found, reference)
