@@ -11,6 +11,7 @@ BENCHMARKS = {
         "reading samples, beside raw tar reading and its peers",
     ),
     "checkpoint": ("moe_ext.benchmarks.checkpoint", "how long a checkpoint stops training"),
+    "plan": ("moe_ext.benchmarks.plan", "the planner's step time beside real steps"),
     "step": ("moe_ext.benchmarks.step", "a whole training step on two ranks beside its peers"),
 }
 """Benchmark -> (module with `main`, one line of help)."""

@@ -154,6 +154,7 @@ def subject_of(config: TrainConfig, base_config: Any, new_share: float = NEW_SHA
         live_layers=live,
         element_bytes=4 if config.parallel.precision is Precision.fp32 else 2,
         runs_encoders=data.features is Features.live,
+        live_input=Trainable.connector in stage.train,
     )
     return Subject(base, extension, encoders, stage.train, work)
 

@@ -246,8 +246,10 @@ def activation_bytes(
     slot = 2 * base.expert.intermediate_dim * e + 28
     by_layer: dict[int, float] = {}
     for layer in range(base.num_layers - work.live_layers, base.num_layers):
-        kept: float = 4 * base.saved_norms[layer] + e * base.saved_widths[layer]
-        kept += e * base.saved_weights * work.length
+        kept = 0.0
+        if work.live_input or by_layer:
+            kept = 4 * base.saved_norms[layer] + e * base.saved_widths[layer]
+            kept += e * base.saved_weights * work.length
         if layer in sparse:
             kept += base.top_k * slot + 8 + 12 * base.num_experts
         by_layer[layer] = kept

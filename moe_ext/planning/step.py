@@ -9,11 +9,13 @@ Products, counted as two operations a multiply-add, of one token:
 
     dense weights        2 forward, 2 backward to the input (no weight gradient: they are frozen)
     chosen experts       the same, and 2 more for the weight gradient of a new one
+    routers              the same; 2 more for new rows and calibrations
     attention            2 * heads * (query + value width) * positions / 2 forward, twice that backward
     output layer         2 + 2 an element of D x V, for tokens that are targets
     recomputation        all of the layers' forward once more with activation checkpointing
 
-Where no connector trains, layers below the first extended one have no backward pass.
+Where no connector trains, layers below the first extended one have no backward pass, and that one has
+none beyond its experts.
 """
 
 from dataclasses import dataclass
@@ -41,6 +43,8 @@ class Work:
     """Decoder layers with a backward pass: those above the lowest trained tensor."""
     element_bytes: int
     runs_encoders: bool = True
+    live_input: bool = True
+    """Whether the lowest of the live layers has a gradient to its input: something trains below it."""
 
     @property
     def micro_tokens(self) -> int:
@@ -73,18 +77,31 @@ def step_flops(
         loads: sparse layer -> work of the rank over the mean, of frozen and of new experts
             (`memory.loads_of`); None: even.
     """
-    live = work.live_layers / base.num_layers
-    passes = 1 + live + (live if work.recompute else 0)
-    dense = 2 * base.linear * passes
-    attention = base.num_layers * base.attention_width * work.length * (passes + live)
-    expert = 2 * 3 * base.expert.hidden_dim * base.expert.intermediate_dim
+    first = base.num_layers - work.live_layers
+    new_of = {layer.layer: layer for layer in extension.layers}
+    expert = 2 * base.expert_elements * base.top_k
     trained = sum(extension.trained_expert) / base.expert_elements
-    new_of, routed = extension.new_of, 0.0
-    for layer in base.sparse_layers:
+    dense = 2 * base.linear / base.num_layers
+    attention = base.attention_width * work.length
+    layers = 0.0
+    for layer in range(base.num_layers):
+        live = layer >= first
+        forward = 2 if live and work.recompute else 1
+        backward = int(live and (work.live_input or layer > first))
+        layers += dense * (forward + backward) + attention * (forward + 2 * backward)
+        if layer not in base.sparse_layers:
+            continue
         of_frozen, of_new = (loads or {}).get(layer, EVEN)
-        share = work.new_share if layer in new_of else 0.0
-        routed += (1 - share) * of_frozen * passes + share * of_new * (passes + trained)
-    layers = (dense + attention + base.top_k * expert * routed) * work.tokens
+        added = new_of.get(layer)
+        share = work.new_share if added else 0.0
+        # above nothing that trains, only the weights of the sum have a gradient: one product of three
+        to_input = backward if backward or not live else 1 / 3
+        passes = forward + to_input
+        routed = (1 - share) * of_frozen * passes + share * of_new * (passes + trained)
+        layers += expert * routed + 2 * base.router * (forward + backward)
+        if added:
+            layers += 2 * (sum(added.rows) + sum(added.calibration)) * (forward + 2)
+    layers *= work.tokens
     head = 4 * base.vocabulary * base.hidden_dim * work.targets(encoders) * work.accumulation
     items = work.items * work.sequences * work.accumulation if work.runs_encoders else 0
     media = items * sum(encoder.flops_per_item for encoder in encoders)

@@ -224,7 +224,7 @@ STAGES = [{"stage": s, "accumulation": a} for s in (1, 2) for a in (1, 2)]
 LAYOUTS = {1: [{}], 2: [{}, {"ep_size": 2}, SHARDED, {**SHARDED, "hot": (2, 1)}]}
 SIZES = [{}, {"new": (1, 4)}, {"new": (1, 4), "lora_rank": 4}, {"frozen_bits": 8}, {"frozen_bits": 4},
          {"family": "ernie4_5_moe", "new": (4, 1)}, {"family": "gpt_oss"},
-         {"train": (Trainable.new_experts,)}]  # fmt: skip
+         {"train": (Trainable.new_experts, Trainable.connector)}]  # fmt: skip
 GRID = {
     world: [Case(**numbers, **layout, **size, fp32=fp32)
             for numbers in STAGES for layout in LAYOUTS[world] for size in SIZES
