@@ -195,7 +195,7 @@ def conclude(run: Any) -> None:
                 model.lm,
                 folder,
                 connectors=model.connectors,
-                state=gather_extension(run),
+                state=gather_extension(run, model),
                 notes=notes,
             )
         run.tracker.say(f"extension: {folder}")

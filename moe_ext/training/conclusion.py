@@ -16,6 +16,7 @@ from moe_ext.analysis.lookup import load_lookup
 from moe_ext.analysis.run_folder import load_run, record_evaluation
 from moe_ext.analysis.text import text_loss, text_rows
 from moe_ext.data import Manifest, python_docs
+from moe_ext.model.extend import extension_state
 from moe_ext.model.multimodal import MultimodalMoE
 from moe_ext.training.build import heldout_manifest
 from moe_ext.training.checkpoint import Published
@@ -148,9 +149,12 @@ def took(run: Run, what: str, began: float) -> None:
     )
 
 
-def gather_extension(run: Run) -> dict[str, torch.Tensor]:
-    """New experts, rows and calibrations of the last result, whole, from all ranks' files."""
+def gather_extension(run: Run, model: MultimodalMoE) -> dict[str, torch.Tensor]:
+    """New experts, rows and calibrations of the last result, whole, from all ranks' files, each in the
+    precision that `model` has it in (rows beside fp32 routers are fp32)."""
     last = run.result(run.config.chain[-1])
     assert last is not None
-    source, dtype = Published(last), run.prepared.dtype
-    return {n: source.tensor(n).to(dtype) for n in source.tensors if n.startswith("layers.")}
+    source, held = Published(last), extension_state(model.lm)
+    names = [name for name in source.tensors if name.startswith("layers.")]
+    dtypes = {name: held[name].dtype if name in held else run.prepared.dtype for name in names}
+    return {name: source.tensor(name).to(dtypes[name]) for name in names}

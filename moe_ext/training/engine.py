@@ -13,14 +13,17 @@ that holds no new expert would otherwise have no expert group, and the collectiv
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_ext.training.shown import Shown, TrainableParameter, expert_marker
 from moe_ext.training.topology import Topology, limit_waiting
+
+__all__ = ["Engine", "EngineSettings", "Fragment", "TrainableParameter", "check_settings"]
 
 ANCHOR = "expert_anchor"
 
@@ -38,32 +41,6 @@ class EngineSettings:
     beta2: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.0
-
-
-@dataclass(frozen=True)
-class TrainableParameter:
-    """One parameter of this rank that a stage trains."""
-
-    name: str
-    parameter: nn.Parameter
-    part: str
-    """Name of the part it belongs to (connector, new_experts, ...): its optimizer group."""
-    sharded: bool = False
-    """Other ranks of the expert-parallel group hold other experts under this name."""
-
-
-class _Trained(nn.Module):
-    """The trainable parameters, for DeepSpeed to see; forward is the whole model's."""
-
-    def __init__(self, forward: Callable[..., Any], parameters: list[TrainableParameter]):
-        super().__init__()
-        # not through __setattr__: a module given here would become a submodule, seen by DeepSpeed
-        object.__setattr__(self, "_forward_model", forward)
-        for item in parameters:
-            self.register_parameter(item.name.replace(".", "/"), item.parameter)
-
-    def forward(self, *args: Any) -> Any:
-        return self._forward_model(*args)
 
 
 class Engine:
@@ -92,11 +69,13 @@ class Engine:
             raise ValueError(
                 "nothing to train: the stage's `train` list names no parameter of this model"
             )
-        self.settings, self.topology = settings, topology
         self.trainable = [item for item in trainable if item.parameter.numel()]
+        if all(item.is_fp32 for item in self.trainable):
+            settings = replace(settings, bf16=False)  # whatever the frozen part is in
+        self.settings, self.topology = settings, topology
         self.has_sharded = any(item.sharded for item in trainable)
         self.anchor: nn.Parameter | None = None
-        module = _Trained(forward, self.trainable)
+        module = Shown(forward, self.trainable, settings.bf16)
         if self.has_sharded:
             self.anchor = nn.Parameter(torch.zeros(1, device=topology.device))
             module.register_parameter(ANCHOR, self.anchor)
@@ -170,21 +149,24 @@ class Engine:
         return parameters + ([self.anchor] if self.anchor is not None else [])
 
     def _groups(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """One optimizer group a part, the same number and order on every rank."""
-        parts = list(dict.fromkeys(item.part for item in self.trainable if not item.sharded))
+        """One optimizer group a part and precision, the same number and order on every rank."""
+        by_kind: dict[tuple[bool, str], list[nn.Parameter]] = {}
+        for item in self.trainable:
+            if not item.sharded:
+                by_kind.setdefault((item.is_fp32, item.part), []).append(item.parameter)
         groups: list[dict[str, Any]] = [
-            {
-                "name": part,
-                "params": [i.parameter for i in self.trainable if i.part == part and not i.sharded],
-            }
-            for part in parts
+            {"name": part, "params": params} for (_, part), params in by_kind.items()
         ]
+        parts, kinds = [part for _, part in by_kind], [wide for wide, _ in by_kind]
         if self.anchor is not None:
             experts = [item.parameter for item in self.trainable if item.sharded]
             name = self.topology.ep_group_name
             groups.append({"name": name, "moe": True, "params": [self.anchor, *experts]})
             parts.append("new_experts")
-        return parts, groups
+            kinds.append(not self.settings.bf16)
+        # fp32 ones last: ZeRO takes the first group's precision for the run's
+        order = sorted(range(len(parts)), key=lambda index: kinds[index])
+        return [parts[index] for index in order], [groups[index] for index in order]
 
     # ---- the optimizer's state -------------------------------------------------------------
 
@@ -383,31 +365,6 @@ def deepspeed_config(settings: EngineSettings, num_elements: int) -> dict[str, A
     if settings.bf16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return config
-
-
-def expert_marker(topology: Topology) -> nn.Module:
-    """A parameterless module that makes DeepSpeed's engine set up its expert groups.
-
-    Its class is AutoEPMoELayer, of which only `nn.Module.__init__` runs. A stray
-    `engine.save_checkpoint` then fails with an AttributeError instead of losing every expert that
-    is not rank 0's.
-    """
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-    class ExpertMarker(AutoEPMoELayer):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.ep_size, self.ep_group_name = topology.ep_size, topology.ep_group_name
-            self.num_experts = self.num_local_experts = topology.ep_size
-            self.deepep_scope = None
-
-        def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
-            """The groups exist already: `topology.start` made them."""
-
-        def forward(self, *_: Any) -> Any:
-            raise AssertionError("the marker computes nothing")
-
-    return ExpertMarker()
 
 
 def _square(gradient: Tensor) -> Tensor:

@@ -72,11 +72,11 @@ def formula_bytes(model: MultimodalMoE, engine: Engine) -> int:
         frozen += tensor.numel() * (e if plain else tensor.element_size())
     world = engine.topology.world_size
     replicas = world // engine.topology.ep_size
-    trained = sum(item.parameter.numel() for item in engine.trainable)
+    trained = sum(item.parameter.nbytes for item in engine.trainable)
     owned = sum(
         item.parameter.numel() / (replicas if item.sharded else world) for item in engine.trainable
     )
-    return round(frozen + 2 * e * trained + 12 * owned)
+    return round(frozen + 2 * trained + 12 * owned)
 
 
 def optimizer_tensors(engine: Engine) -> Iterator[Tensor]:

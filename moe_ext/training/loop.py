@@ -254,9 +254,12 @@ def step_numbers(shares: Tensor, engine: Engine) -> tuple[dict[str, float], dict
     together = torch.cat([shares, engine.part_squares()])
     dist.all_reduce(together)
     losses, squares = together.split([len(LOSSES), len(engine.parts)])
+    of_part = dict.fromkeys(engine.parts, 0.0)  # a part may have a group a precision
+    for part, square in zip(engine.parts, squares.tolist(), strict=True):
+        of_part[part] += square
     return (
         dict(zip(LOSSES, losses.tolist(), strict=True)),
-        dict(zip(engine.parts, squares.sqrt().tolist(), strict=True)),
+        {part: math.sqrt(square) for part, square in of_part.items()},
     )
 
 

@@ -61,6 +61,17 @@ def in_bf16(saved):
     return load_base(folder, dtype=torch.bfloat16), theirs, exact
 
 
+def test_routers_are_in_transformers_precision(in_bf16):
+    ours, theirs, _ = in_bf16
+    stored = theirs.state_dict()
+    keys = ours.base_info.family.router.weight
+    for index, layer in extended_layers(ours).items():
+        (weight,) = [
+            stored[key] for key in (f"model.layers.{index}.{k}" for k in keys) if key in stored
+        ]
+        assert layer.router.frozen_weight.dtype is weight.dtype
+
+
 @torch.no_grad()
 def test_bf16_logits_and_hidden_states_are_within_rounding(in_bf16):
     ours, theirs, exact = (model(_tokens(), output_hidden_states=True) for model in in_bf16)

@@ -31,12 +31,13 @@ EXPERTS, DIM = 3, 5
 HELD = {1: [[0, 1, 2]], 2: [[0, 1], [2]]}
 
 
-def _model(ep_size, ep_rank):
+def _model(ep_size, ep_rank, bf16=False):
     """A matrix and a bank of experts of which this rank holds some; one layer, no exchange."""
     g = torch.Generator().manual_seed(0)
-    matrix = nn.Parameter(torch.randn(DIM, DIM, generator=g))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    matrix = nn.Parameter(torch.randn(DIM, DIM, generator=g).to(dtype))
     held = HELD[ep_size][ep_rank]
-    experts = nn.Parameter(torch.randn(EXPERTS, DIM, DIM, generator=g)[held].clone())
+    experts = nn.Parameter(torch.randn(EXPERTS, DIM, DIM, generator=g)[held].to(dtype))
     return [
         Part("connectors.image.w", matrix, Trainable.connector),
         Part(
@@ -96,7 +97,7 @@ def _topology(ep_size):
 def _save(folder, ep_size, stage, bf16):
     """Four steps, saved after the second: the checkpoint and the weights at the end."""
     topology = _topology(ep_size)
-    parts = _model(ep_size, topology.ep_rank)
+    parts = _model(ep_size, topology.ep_rank, bf16)
     engine = _engine(parts, topology, stage, bf16)
     _steps(engine, 0, 2)
     _full(parts, engine, Path(folder), "step-2", topology)
@@ -108,7 +109,7 @@ def _save(folder, ep_size, stage, bf16):
 
 def _resume(folder, ep_size, stage, bf16, name):
     topology = _topology(ep_size)
-    parts = _model(ep_size, topology.ep_rank)
+    parts = _model(ep_size, topology.ep_rank, bf16)
     engine = _engine(parts, topology, stage, bf16)
     restore_masters(engine, parts, Published(Path(folder) / "step-2"), moments=True)
     _steps(engine, 2, 4)
