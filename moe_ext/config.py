@@ -415,6 +415,12 @@ class TrainConfig:
     """Modality name -> encoder; modality ids 1, 2, ... follow this order."""
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     extension: ExtensionConfig = field(default_factory=ExtensionConfig)
+    beside: dict[str, str] = field(default_factory=dict)
+    """Any word -> a finished extension of the same base, which stands beside the new one and stays as
+    it is: a finished run's folder, or what `moe-ext export --form extension` wrote."""
+    beside_bias: dict[str, float] = field(default_factory=dict)
+    """Word of `beside` -> added to the biases of its router rows: below 0 a token that may choose both
+    chooses it less often."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -9,10 +9,12 @@ import re
 from pathlib import Path
 
 from moe_ext.config import (
+    CalibrationKind,
     EncoderConfig,
     ExpertInit,
     ExpertType,
     Placement,
+    Precision,
     RowInit,
     StageConfig,
     StageKind,
@@ -41,6 +43,10 @@ def check(config: TrainConfig) -> None:
     for modality, encoder in config.encoder.items():
         _check_encoder(modality, encoder)
     _check_extension(config)
+    if unknown := sorted(config.beside_bias.keys() - config.beside.keys()):
+        raise ValueError(
+            f"beside_bias.{unknown[0]} has no extension to go with; name its folder as beside.{unknown[0]}"
+        )
     _check_data(config)
     _check_optim_and_parallel(config)
     check_launcher(config.launcher)
@@ -291,6 +297,11 @@ def _check_optim_and_parallel(config: TrainConfig) -> None:
         )
     if parallel.zero_stage not in (0, 1, 2):
         raise ValueError(f"parallel.zero_stage={parallel.zero_stage} must be 0, 1 or 2")
+    if parallel.zero_stage == 0 and parallel.precision is Precision.bf16:
+        raise ValueError(
+            "parallel.zero_stage=0 with parallel.precision=bf16 is refused: it keeps no fp32 weights that a "
+            "checkpoint could hold; use parallel.zero_stage=1"
+        )
     if parallel.zero_stage == 0 and optim.clip_norm > 0:
         raise ValueError(
             f"parallel.zero_stage=0 with optim.clip_norm={optim.clip_norm} is refused: DeepSpeed 0.19.8 clips by a "
@@ -366,6 +377,14 @@ def _check_stage(name: str, stage: StageConfig, config: TrainConfig) -> None:
     if not stage.train:
         raise ValueError(
             f"{key}.train is empty; list what it trains: {', '.join(part.name for part in Trainable)}"
+        )
+    if (
+        Trainable.calibration in stage.train
+        and config.extension.calibration is CalibrationKind.none
+    ):
+        raise ValueError(
+            f"{key}.train holds calibration, but extension.calibration=none has nothing to train; take it "
+            "out of the list, or use mlp_add or vector_add"
         )
     if stage.kind is StageKind.probe:
         if stage.train != [Trainable.router_delta]:

@@ -32,11 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load(CONF_DIR, given.overrides, given.run / "config.json")
         check_world(config, ranks.world_size, ranks.local_world_size)
+        if config.beside:
+            from moe_ext.beside import check_beside
+
+            check_beside(config)
     except (ConfigError, ValueError) as error:
         options.exit(2, f"moe-ext evaluate: {error}\n")
     config.run_dir = str(given.run)
 
     from moe_ext.analysis.report import write_report
+    from moe_ext.beside import beside_of
     from moe_ext.train import base_folder
     from moe_ext.training import topology as topologies
     from moe_ext.training.build import prepare
@@ -50,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = TrackingConfig(wandb=False, progress=config.tracking.progress)
     tracker = Tracker(given.run, {}, quiet, rank=ranks.rank)
     with StopFlag() as stop:
-        prepared = prepare(config, topology, lambda: base_folder(config, tracker))
+        prepared = prepare(
+            config, topology, lambda: base_folder(config, tracker), beside_of(config)
+        )
         run = Run(config, topology, prepared, tracker, Claim(given.run, ""), stop)
         if run.result(config.chain[-1]) is None:
             options.exit(

@@ -101,7 +101,8 @@ def save_extension(
     The folder appears whole or not at all.
 
     Args:
-        names: the extensions to write, with the connectors of their modalities; None: all there are.
+        names: the extensions to write, without the connectors of modalities that only others have;
+            None: all there are.
         connectors: the model's, in the order of its modality ids.
         state: tensors in the place of the model's, for one the experts that other ranks hold; not
             needed when this process holds every new expert.
@@ -121,12 +122,14 @@ def save_extension(
             f"{len(missing)} tensors of the extension are on other ranks ({', '.join(missing[:3])}); "
             "load the checkpoint with parallel.ep_size=1 and save from there, or pass `state`"
         )
-    extensions = {n: e for n, e in describe(lm).items() if names is None or n in names}
+    described = describe(lm)
+    extensions = {n: e for n, e in described.items() if names is None or n in names}
     used = {modality for extension in extensions.values() for modality in extension.modalities}
+    others = {m for n, e in described.items() if n not in extensions for m in e.modalities}
     kept = {
         modality: name
         for modality, name in enumerate(connectors or (), start=1)
-        if names is None or modality in used
+        if modality in used or modality not in others
     }
     for name in kept.values():
         values = connectors[name].state_dict().items()  # type: ignore[index]
@@ -183,7 +186,8 @@ def load_extension(
         connectors: the model's, in the order of its modality ids; those that the manifest names are
             filled, and are of the saved sizes.
         modality_ids: saved id -> this model's. Without it, ids follow the connectors' names, or stay
-            where there are none: every run calls its first modality 1.
+            where there are none: every run calls its first modality 1. The model may lack the connector
+            of one that it names.
         row_bias: added to its router rows' biases. Extensions that were trained apart never competed:
             a negative one lets a token keep the others' experts more often (FlexOlmo).
         check_base: hash the base's files and compare; False trusts the caller.
@@ -207,13 +211,14 @@ def load_extension(
         raise ValueError(f"extension.name={taken[0]} is in the model already; remove it first")
     here = {name: modality for modality, name in enumerate(connectors or (), start=1)}
     saved = dict(enumerate(manifest["connectors"], start=1))
-    if connectors is not None and not set(saved.values()) <= here.keys():
+    said = modality_ids or {}
+    if connectors is not None and not {n for i, n in saved.items() if i not in said} <= here.keys():
         raise ValueError(
             f"{folder} holds connectors {manifest['connectors']}, the model has {list(here)}; name the "
             "modalities alike (encoder.<name>), or load it without connectors"
         )
     ids = {number: here.get(name, number) for number, name in saved.items()}
-    ids |= _checked_ids(modality_ids or {}, manifest)
+    ids |= _checked_ids(said, manifest)
     with safe_open(folder / TENSORS, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     for name, structure in manifest["extensions"].items():
@@ -232,6 +237,8 @@ def load_extension(
                 rows.requires_grad_(False)
                 rows.bias.add_(row_bias)
     for name in saved.values() if connectors is not None else ():
+        if name not in connectors:
+            continue
         start = f"connectors.{name}."
         state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
         connectors[name].load_state_dict(state)

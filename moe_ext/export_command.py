@@ -104,7 +104,9 @@ def export(
         return export_uniform(lm, folder, approximate=approximate)
     from moe_ext.export_folder import export_folder
 
-    encoders: dict[str, EncoderConfig] = {} if config is None else dict(config.encoder)
+    known: dict[str, EncoderConfig] = {} if config is None else dict(config.encoder)
+    # a run beside finished extensions has their encoders too
+    encoders = {name: known[name] for name in manifest["connectors"] if name in known}
     export_folder(place, extension, folder, encoders=encoders, dtype=stored, link=link)
     return (
         []

@@ -39,8 +39,9 @@ def train(composed: DictConfig) -> None:
     Raises:
         RuntimeError: the run failed; its folder's status.json has the reason.
     """
-    from moe_ext.config_check import check_paths, check_world
+    from moe_ext.config_check import check_world
     from moe_ext.jobs.runs import planned
+    from moe_ext.preflight import check_files
     from moe_ext.train import run
     from moe_ext.training.signals import STOPPED_EXIT_CODE
     from moe_ext.training.topology import ranks_from_environment, stop
@@ -49,7 +50,7 @@ def train(composed: DictConfig) -> None:
     rank_environment(os.environ)  # type: ignore[arg-type]
     ranks = ranks_from_environment()
     check_world(point.config, ranks.world_size, ranks.local_world_size)
-    check_paths(point.config)
+    check_files(point.config)
     code = run(point.config, ranks)
     if code not in (0, STOPPED_EXIT_CODE):
         raise RuntimeError(f"{point.run_dir} failed with code {code}; see its status.json")

@@ -19,7 +19,7 @@ from typing import Any
 
 from moe_ext.compose import ConfigError, load, parser
 from moe_ext.config import TrainConfig, to_yaml
-from moe_ext.config_check import check_paths, check_world
+from moe_ext.config_check import check_world
 from moe_ext.training.ownership import Claim, claim, read_status
 from moe_ext.training.signals import STOPPED_EXIT_CODE, StopFlag, StopRequested
 from moe_ext.training.topology import Ranks, ranks_from_environment
@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load(options.config_dir, options.overrides, options.config_file)
         if not options.show:
             check_world(config, ranks.world_size, ranks.local_world_size)
-            check_paths(config)
+            from moe_ext.preflight import check_files  # heavy imports, which --show needs not
+
+            check_files(config)
     except (ConfigError, ValueError) as error:
         if ranks.rank == 0:
             print(f"moe-ext train: {error}", file=sys.stderr, flush=True)
@@ -98,6 +100,7 @@ def _run(
     peers: list[Any],
 ) -> int:
     # Heavy imports wait until the configuration has been accepted.
+    from moe_ext.beside import beside_of
     from moe_ext.training import topology as topologies
     from moe_ext.training.build import prepare
     from moe_ext.training.conclusion import measure_step0, measure_text_before
@@ -127,7 +130,9 @@ def _run(
         tracker.say(f"parallel=auto: {config.parallel.planned}")
     with StopFlag() as stop:
         began = time.perf_counter()
-        prepared = prepare(config, topology, lambda: base_folder(config, tracker))
+        prepared = prepare(
+            config, topology, lambda: base_folder(config, tracker), beside_of(config)
+        )
         context = Run(config, topology, prepared, tracker, claims[0], stop)
         tracker.stage(
             {
@@ -189,11 +194,14 @@ def conclude(run: Any) -> None:
         folder = run.folder / "extension"
         if not folder.exists():
             notes = {"run": run.config.name, "encoder": list(run.config.encoder)}
+            if run.others:
+                notes["beside"] = run.prepared.beside.identity
             if run.config.base.frozen_bits:  # it was trained beside experts rounded to so many bits
                 notes["frozen_bits"] = run.config.base.frozen_bits
             save_extension(
                 model.lm,
                 folder,
+                names=[run.config.extension.name],
                 connectors=model.connectors,
                 state=gather_extension(run, model),
                 notes=notes,

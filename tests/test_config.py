@@ -106,6 +106,14 @@ def test_values_arrive_typed():
         (["stages.extend.steps=2"], "trains nothing"),
         (["stages.align.train=[]"], "stages.align.train is empty"),
         (["stages.align.train=[router_delta]"], "only a stage of kind probe"),
+        (
+            ["extension.calibration=none"],
+            "stages.tune.train holds calibration, but extension.calib",
+        ),
+        (
+            ["parallel.zero_stage=0", "optim.clip_norm=0", "parallel.precision=bf16"],
+            "zero_stage=0 with parallel.precision=bf16 is refused",
+        ),
         (["stages.align.data=other"], "not a stream"),
         (["extension.placement=shard"], "needs parallel.ep_size > 1"),
         (["extension.layers=[1,1]"], "must be different"),

@@ -41,6 +41,7 @@ def evaluate(
     captions: int = 12,
     splits: Sequence[str] = HELDOUT_SPLITS,
     lookup: tuple[torch.Tensor, list[str]] | None = None,
+    extension: str | None = None,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def evaluate(
         captions: pictures of each split in the gallery; a caption is written for every candidate.
         splits: names in the manifest; those it lacks are left out.
         lookup: pooled features (N, F) of training images and their captions, for the reference.
+        extension: the one that is opened to text for `text_joint`; None: all there are.
     """
     ranks = ranks or Ranks()
     items_of = {
@@ -71,7 +73,7 @@ def evaluate(
         parts[split] = result
         parts["gallery"] += shots
     parts["text_after"] = text_loss(model, text_ids_RS, ranks, progress=_named(progress, "text"))
-    with open_to_text(model):
+    with open_to_text(model, extension):
         parts["text_joint"] = text_loss(
             model, text_ids_RS, ranks, progress=_named(progress, "text, opened")
         )

@@ -160,7 +160,7 @@ def _router_watched(
     seen: dict[int, _Seen] = {}
     handles = []
 
-    def watch(router: Router, args: tuple[Any, ...], routing: Any) -> None:
+    def watch(router: Router, args: tuple[Any, ...], _: Any) -> None:
         x_TD, context, layer = args
         of, of_T = seen[layer], (context.modality_BS.reshape(-1) == modality) & context.valid_T
         token_U = of_T.nonzero().squeeze(1)[: max(max_tokens - of.tokens, 0)]
@@ -169,7 +169,9 @@ def _router_watched(
         x_UD = x_TD[token_U].float()
         bias = None if router.frozen_bias is None else router.frozen_bias.float()
         logits = F.linear(x_UD, router.frozen_weight.float(), bias)
-        part = logit_gaps(router, logits, routing.expert_TS[token_U])
+        # beside a finished extension: what a clone competes with at most, the frozen rows' own choice
+        chosen_UK = context.records[layer].base_expert_TK[token_U]
+        part = logit_gaps(router, logits, chosen_UK)
         of.gaps.append(Gaps(part.gap_TE.cpu(), part.last_T.cpu()))
         of.tokens += len(token_U)
         total = x_UD.double().sum(0).cpu()

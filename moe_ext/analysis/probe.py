@@ -29,6 +29,7 @@ from moe_ext.analysis.run_folder import write_json
 from moe_ext.analysis.selections import IMAGE, KINDS, Selections
 from moe_ext.config import RowInit
 from moe_ext.model.extend import LayerPlan
+from moe_ext.model.fits import check_named
 
 FORMAT = "moe_ext.probe/1"
 
@@ -77,12 +78,11 @@ def make_manifest(
     """
     known = before.selections.layers
     shift = selection_shift(before.selections, after.selections)
-    keys = ("extension.sources",) * 3
+    by_layer = bool(named)
     if not named:
-        keys = ("extension.layers", "extension.num_new_experts", "extension.source_expert")
         chosen = sorted(layers) if layers else choose_layers(known, shift, layer_share)
         named = {layer: [source_expert] * num_new for layer in chosen}
-    _check_named(named, dict(zip(known, before.selections.num_frozen, strict=True)), *keys)
+    check_named(named, dict(zip(known, before.selections.num_frozen, strict=True)), by_layer)
     rank_before, rank_after = (_most_selected(m.selections) for m in (before, after))
     rows = []
     for i, layer in enumerate(known):
@@ -121,36 +121,6 @@ def make_manifest(
             ranks or Ranks(),
         ),
     }
-
-
-def _check_named(
-    named: dict[int, list[int]],
-    num_frozen: dict[int, int],
-    of_layers: str,
-    of_count: str,
-    of_id: str,
-) -> None:
-    """Raise ValueError for a layer without experts, or sources that it does not have.
-
-    Args:
-        of_layers, of_count, of_id: keys of the configuration that said so.
-    """
-    if wrong := named.keys() - num_frozen.keys():
-        raise ValueError(
-            f"{of_layers} names {sorted(wrong)}, which have no experts; sparse layers are {list(num_frozen)}"
-        )
-    for layer, experts in named.items():
-        num = num_frozen[layer]
-        if len(experts) > num:
-            raise ValueError(
-                f"{of_count}={len(experts)} exceeds the {num} experts that layer {layer} has to clone; "
-                "choose fewer"
-            )
-        if max(experts) >= num:
-            raise ValueError(
-                f"{of_id}={max(experts)} is no expert of layer {layer}, which has {num}, numbered from 0; "
-                "use -1 for its most selected one"
-            )
 
 
 def _resolved(experts: list[int], ranked: list[int]) -> list[int]:

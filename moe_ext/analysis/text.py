@@ -101,10 +101,14 @@ def text_loss(
 
 
 @contextmanager
-def open_to_text(model: MultimodalMoE) -> Iterator[None]:
-    """Inside, every token may choose new experts (`extension.scope=joint`)."""
-    layers = extended_layers(model.lm).values()
-    rows = [cast(NewRows, rows) for layer in layers for rows in layer.router.rows.values()]
+def open_to_text(model: MultimodalMoE, extension: str | None = None) -> Iterator[None]:
+    """Inside, every token may choose new experts (`extension.scope=joint`), of one extension or of all."""
+    rows = [
+        cast(NewRows, rows)
+        for layer in extended_layers(model.lm).values()
+        for name, rows in layer.router.rows.items()
+        if extension in (None, name)
+    ]
     scopes = [r.scope for r in rows]
     for r in rows:
         r.scope = Scope.joint

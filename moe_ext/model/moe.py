@@ -63,6 +63,16 @@ class ExtendedMoE(nn.Module):
     def num_new(self) -> int:
         return sum(bank.num_experts for bank in self.new.values())  # type: ignore[misc]
 
+    def experts_of(self, name: str) -> range:
+        """Logical ids of the experts that an extension has here; none where it has none."""
+        first = self.num_frozen
+        for extension, bank in self.new.items():
+            own = range(first, first + bank.num_experts)  # type: ignore[operator]
+            if extension == name:
+                return own
+            first = own.stop
+        return range(first, first)
+
     @property
     def frozen_banks(self) -> list[FrozenBank]:
         """The pretrained experts, those that every rank holds beside their sharded bank last."""

@@ -5,8 +5,8 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,38 @@ from moe_ext.data.samples import load_tokenizer
 from moe_ext.model.connectors import Connector
 from moe_ext.model.encoders import build_encoder
 from moe_ext.model.extend import load_base
+from moe_ext.model.fits import check_fits
 from moe_ext.model.multimodal import MultimodalMoE
+from moe_ext.planning.sizes import base_config
 from moe_ext.training.feature_cache import with_cached_features
 from moe_ext.training.topology import Topology
 
 _ROUND = itertools.count()
 """Numbers the calls of `share_work`, the same on all ranks: keys of the store are used once."""
 POLL_S = 0.05
+
+
+def _nothing(lm: nn.Module, connectors: nn.ModuleDict) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Finished extensions that are in the model of every stage and stay as they are."""
+
+    names: frozenset[str] = frozenset()
+    widths: dict[str, int] = field(default_factory=dict)
+    """Modality -> hidden width of the connector that one of them brings along."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What they are, whatever their folders are called."""
+    put: Callable[[Any, nn.ModuleDict], None] = _nothing
+    """Puts them into a base that is fresh, and their connectors among the model's; frozen."""
+
+    def own_modalities(self, encoders: Sequence[str]) -> list[int]:
+        """Ids of the modalities whose tokens open the run's new experts: those that none of these has a
+        connector for, or all where there is none left (another extension for the same modality)."""
+        ids = dict(enumerate(encoders, start=1))
+        return [i for i, name in ids.items() if name not in self.widths] or list(ids)
 
 
 @dataclass
@@ -42,6 +67,9 @@ class Prepared:
     build: SampleBuilder
     data: DataConfig
     """The configuration's, with the manifests of cached features where `data.features` asks for them."""
+    own_modalities: tuple[int, ...] = (1,)
+    """Ids of those whose tokens open the new experts. Samples are of the first."""
+    beside: Beside = field(default_factory=Beside)
 
     @property
     def bf16(self) -> bool:
@@ -61,11 +89,17 @@ def chosen_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if vote.item() else torch.float32
 
 
-def prepare(config: TrainConfig, topology: Topology, prepare_base: Callable[[], Path]) -> Prepared:
+def prepare(
+    config: TrainConfig,
+    topology: Topology,
+    prepare_base: Callable[[], Path],
+    beside: Beside | None = None,
+) -> Prepared:
     """Base and shards made where they are missing, by one rank each while the others wait.
 
     Args:
         prepare_base: the folder of the base, made now unless it is there.
+        beside: extensions to stand beside the run's own.
 
     Raises:
         ValueError: a base, encoder or data set that cannot be had.
@@ -75,6 +109,7 @@ def prepare(config: TrainConfig, topology: Topology, prepare_base: Callable[[], 
     if config.data.builtin:
         jobs["data"] = (topology.world_size - 1, lambda: prepare_builtin(config.data, cache))
     path = share_work(topology, jobs)["base"]
+    check_fits(config, base_config(path))
     dtype = chosen_dtype(config.parallel.precision, topology.device)
     encoders: dict[int, nn.Module] = {}
     for modality, (name, settings) in enumerate(config.encoder.items(), start=1):
@@ -89,12 +124,14 @@ def prepare(config: TrainConfig, topology: Topology, prepare_base: Callable[[], 
             ).to(topology.device)
         except ValueError as error:
             raise ValueError(f"encoder.{name}: {error}") from error
-    first: Any = encoders[1]
+    beside = beside or Beside()
+    own = beside.own_modalities(list(config.encoder))
+    first: Any = encoders[own[0]]
     build = SampleBuilder(
         load_tokenizer(path),
         first.preprocess,
         first.tokens_per_item,
-        modality_id=1,
+        modality_id=own[0],
         prompt=config.data.prompt,
         max_length=config.data.max_length,
         chat_template=config.base.chat_template,
@@ -116,7 +153,7 @@ def prepare(config: TrainConfig, topology: Topology, prepare_base: Callable[[], 
                 for rank, stream in enumerate(sorted(names))
             },
         )
-    return Prepared(Path(path), dtype, encoders, build, data)
+    return Prepared(Path(path), dtype, encoders, build, data, tuple(own), beside)
 
 
 def build_model(
@@ -125,7 +162,8 @@ def build_model(
     topology: Topology,
     hot: dict[int, list[int]] | None = None,
 ) -> MultimodalMoE:
-    """The base with connectors and without new experts, frozen. Equal on all ranks but for shares.
+    """The base with connectors, without new experts but those of finished extensions beside them,
+    frozen. Equal on all ranks but for shares.
 
     Args:
         hot: layer -> frozen experts that every rank holds.
@@ -148,12 +186,13 @@ def build_model(
         dim: Any = encoder.feature_dim
         connectors[name] = Connector(
             dim,
-            config.connector.hidden_dim,
+            prepared.beside.widths.get(name, config.connector.hidden_dim),
             lm.config.hidden_size,
             seed=config.seed * 1000 + modality,
             dtype=prepared.dtype,
         )
     connectors.to(topology.device)
+    prepared.beside.put(lm, connectors)
     return MultimodalMoE(
         lm, prepared.encoders, connectors, config.parallel.activation_checkpointing
     )

@@ -34,7 +34,7 @@ def start_connectors(
     folder: Path,
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Start every connector from `connector.closed_form_samples` training samples; 0 does nothing.
+    """Start the run's own connectors from `connector.closed_form_samples` training samples; 0 does nothing.
 
     Args:
         between: called as often on every rank, between passes of the encoder.
@@ -49,6 +49,8 @@ def start_connectors(
     if isinstance(stream, ShardStream):
         wanted = min(wanted, len(stream))  # an epoch: no sample counts twice
     for name, modality in model.modality_of.items():
+        if modality not in prepared.own_modalities:
+            continue
         features, captions = [], []
         build, encoder = prepared.build, model.encoders[modality]
         own = range(topology.rank, wanted, topology.world_size)
@@ -95,7 +97,7 @@ def start_connectors(
         for tensor in [*connector.parameters(), *connector.buffers()]:
             dist.broadcast(tensor.data, 0)
         tracker.say(f"connector of {name}: started from {len(feature_NF)} samples, R2 {fit:.2f}")
-        if topology.rank == 0 and modality == 1:
+        if topology.rank == 0 and modality == build.modality_id:
             width = max(p[2].shape[1] for p in parts)
             padded = [
                 torch.nn.functional.pad(p[2], (0, width - p[2].shape[1]), value=-1) for p in parts

@@ -122,6 +122,7 @@ def evaluate_run(run: Run, model: MultimodalMoE, again: bool = False) -> None:
             captions=run.config.evaluation.captions,
             splits=run.config.evaluation.splits,
             lookup=lookup,
+            extension=run.config.extension.name,
             ranks=run.ranks,
             progress=progress,
         )

@@ -73,7 +73,7 @@ def train(
     save: Callable[[Position], None],
     stop: StopFlag,
     *,
-    num_frozen: dict[int, int],
+    new_experts: dict[int, range],
     publisher: Publisher | None = None,
     audit: Audit | None = None,
     balance_choice: Callable[[dict[int, Tensor]], None] | None = None,
@@ -88,7 +88,7 @@ def train(
         save: begins to publish a checkpoint; called every `stage.checkpoint_every` steps and when
             stopping.
         publisher: what `save` gives checkpoints to, which are written while training goes on.
-        num_frozen: layer -> its frozen experts; ids from there on are new ones.
+        new_experts: layer -> ids of the experts that the run adds there.
         audit: looks at the first steps of this start.
         balance_choice: called after every step with layer -> how often each expert was chosen.
         global_step: steps of the stages before, so that W&B's steps never run backwards.
@@ -150,7 +150,7 @@ def train(
             bad = bad or ("" if taken else "gradient not finite")
             count_bad_steps(bad, nll_mean, norm, name, stage, position, tracker)
             if logs:
-                experts = _expert_metrics(selections, num_frozen)
+                experts = _expert_metrics(selections, new_experts)
                 took_s = time.perf_counter() - began
                 record: dict[str, Any] = {
                     "stage": name,
@@ -352,7 +352,7 @@ def _add_selections(selections: dict[int, Tensor], output: Output) -> None:
         selections[layer] = selections.get(layer, 0) + record.counts_by_kind(is_new_T, 2)
 
 
-def _expert_metrics(selections: dict[int, Tensor], num_frozen: dict[int, int]) -> dict[str, Any]:
+def _expert_metrics(selections: dict[int, Tensor], new_experts: dict[int, range]) -> dict[str, Any]:
     """Load, entropy and new experts' shares, over all ranks' tokens. One reduction.
 
     `expert_load` is the busiest expert's share times the number of experts (1.0 is even);
@@ -378,12 +378,12 @@ def _expert_metrics(selections: dict[int, Tensor], num_frozen: dict[int, int]) -
         entropy_K = torch.special.entr(share_KX).sum(1) / max(math.log(num_experts), 1e-9)
         for kind, load, entropy in zip(kinds.values(), loads, entropy_K.tolist(), strict=True):
             kind["load"][layer], kind["entropy"][layer] = load, entropy
-        if num_frozen[layer] < num_experts:
-            new_KX = share_KX[:, num_frozen[layer] :]
+        if own := new_experts[layer]:
+            new_KX = share_KX[:, own.start : own.stop]
             new_expert_share[layer] = new_KX[0].tolist()
             for name, share in zip(MODALITIES, new_KX[1:].sum(1).tolist(), strict=True):
                 new_by_layer[name][layer] = share
-            new += count_MX[:, num_frozen[layer] :].sum(1)
+            new += count_MX[:, own.start : own.stop].sum(1)
             all_ += count_MX.sum(1)
     whole = kinds.pop("all")
     metrics: dict[str, Any] = {"expert_load": whole["load"], "expert_entropy": whole["entropy"]}

@@ -60,8 +60,12 @@ class Part:
         ]
 
 
-def parts_of(model: MultimodalMoE) -> list[Part]:
-    """Every parameter that is not the base's or an encoder's, in an order equal on all ranks."""
+def parts_of(model: MultimodalMoE, without: frozenset[str] = frozenset()) -> list[Part]:
+    """Every parameter that is not the base's or an encoder's, in an order equal on all ranks.
+
+    Args:
+        without: extensions that are left out, with the connectors of their modalities.
+    """
     parts = [
         Part(
             f"connectors.{modality}.{name}",
@@ -96,7 +100,7 @@ def parts_of(model: MultimodalMoE) -> list[Part]:
                         frozenset([extension]),
                     )
                 )
-    return parts
+    return [part for part in parts if not part.extensions & without]
 
 
 def extensions_of(model: MultimodalMoE, modality: str) -> set[str]:
@@ -109,17 +113,18 @@ def extensions_of(model: MultimodalMoE, modality: str) -> set[str]:
     }
 
 
-def statics_of(model: MultimodalMoE) -> dict[str, Tensor]:
+def statics_of(model: MultimodalMoE, without: frozenset[str] = frozenset()) -> dict[str, Tensor]:
     """Tensors of the extension that no optimizer has: a connector's standardisation, and the
-    corrections that loss-free balancing moves."""
+    corrections that loss-free balancing moves. `without`: as in `parts_of`."""
     statics = {
         f"connectors.{modality}.{name}": buffer
         for modality, connector in model.connectors.items()
+        if not extensions_of(model, modality) & without
         for name, buffer in connector.named_buffers()
     }
     for index, layer in extended_layers(model.lm).items():
         for extension, rows in layer.router.rows.items():
-            if rows.learns_correction:
+            if rows.learns_correction and extension not in without:
                 statics[f"layers.{index}.{extension}.rows.correction"] = rows.correction
     return statics
 

@@ -61,6 +61,16 @@ class Run:
         return Path(self.config.run_dir)
 
     @property
+    def modality(self) -> int:
+        """Id of the modality that the run's samples bring."""
+        return self.prepared.own_modalities[0]
+
+    @property
+    def others(self) -> frozenset[str]:
+        """Extensions in the model that are not the run's own."""
+        return self.prepared.beside.names
+
+    @property
     def ranks(self) -> AnalysisRanks:
         t = self.topology
         return AnalysisRanks(t.rank, t.world_size, t.device)
@@ -96,7 +106,8 @@ class Run:
         parts = ("seed", "base", "encoder", "connector", "extension", "data", "optim")
         batch = {key: whole["stages"][name][key] for key in BATCH}
         batch["ranks"] = self.topology.world_size
-        return {"stage": stage, "batch": batch} | {
+        beside = {"beside": self.prepared.beside.identity} if self.others else {}
+        return {"stage": stage, "batch": batch, **beside} | {
             part: without_free(whole[part]) for part in parts
         }
 

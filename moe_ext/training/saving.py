@@ -48,7 +48,7 @@ class Saver:
             "identity": run.identity(name),
             "tracking": run.tracker.state(),
         }
-        statics = statics_of(self.model)
+        statics = statics_of(self.model, run.others)
         snapshot = Snapshot(pieces, state, {"generators": generators}, tensors, statics)
         stall_s = 0.0
 

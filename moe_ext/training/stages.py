@@ -93,7 +93,7 @@ def run_stage(
     before = None
     if stage.kind is StageKind.probe:
         run.tracker.say(f"[{name}] counting selections before")
-        before = measure_probe(run, stage, model, modality=1)
+        before = measure_probe(run, stage, model, modality=run.modality)
         for layer in extended_layers(model.lm).values():
             layer.router.add_delta()
     interrupted = newest_checkpoint(run, name)
@@ -108,7 +108,7 @@ def run_stage(
             between=run.leave_if_asked,
         )
     if interrupted is not None:  # before the watch looks: what no optimizer has is frozen from here
-        resume.load_weights([], statics_of(model), interrupted)
+        resume.load_weights([], statics_of(model, run.others), interrupted)
     chosen = choose(model, stage.train, run.config.extension.name)
     model.set_liveness()
     run.tracker.say(f"[{name}] {announce(model)}")
@@ -158,10 +158,12 @@ def stage_model(
             config.extension.name,
             load_plans(run.folder / PROBE_FILE),
             config.extension,
-            modalities=tuple(model.modality_of.values()),
+            modalities=run.prepared.own_modalities,
             seed=config.seed,
         )
-    missing = resume.load_weights(parts_of(model), statics_of(model), source)
+    missing = resume.load_weights(
+        parts_of(model, run.others), statics_of(model, run.others), source
+    )
     if missing:
         raise RuntimeError(f"{source.folder} lacks {len(missing)} tensors, first {missing[0]}")
     return model
@@ -225,7 +227,10 @@ def train_stage(
         position,
         saver,
         run.stop,
-        num_frozen={i: layer.num_frozen for i, layer in extended_layers(model.lm).items()},
+        new_experts={
+            i: layer.experts_of(config.extension.name)
+            for i, layer in extended_layers(model.lm).items()
+        },
         publisher=run.publisher,
         audit=audit,
         balance_choice=choice_balancer(
@@ -295,10 +300,11 @@ def finish(
             piece.tensors = {"weight": piece.tensors["weight"]}
     elif engine is not None:
         own = set()
-    rest = [part for part in parts_of(model) if part.name not in own]
+    rest = [part for part in parts_of(model, run.others) if part.name not in own]
     pieces += resume.pieces_at_rest(rest, topology.rank, topology.ep_size)
     state = {"stage": name, "identity": run.identity(name), "position": asdict(position)}
-    run.publish(run.stage_folder(name), "result", Snapshot(pieces, state, shared=statics_of(model)))
+    statics = statics_of(model, run.others)
+    run.publish(run.stage_folder(name), "result", Snapshot(pieces, state, shared=statics))
     remove_checkpoints(run, name)
     minutes = max(time.perf_counter() - began, position.elapsed_s) / 60
     encoders = sum(p.numel() for e in model.encoders.values() for p in e.parameters())

@@ -61,7 +61,7 @@ def write_probe(run: Run, before: Measured, after: Measured, samples: int) -> No
         after,
         extension=extension.name,
         base_sha256=base_sha256(run.prepared.base_path),
-        modality=1,
+        modality=run.modality,
         samples=samples,
         layer_share=extension.layer_share,
         num_new=extension.num_new_experts,
@@ -89,7 +89,7 @@ def extend(run: Run, model: MultimodalMoE) -> None:
     if StageKind.probe not in kinds:
         stream = "probe" if config.data.builtin or "probe" in config.data.streams else "train"
         settings = StageConfig(statistics_data=stream)
-        measured = measure_probe(run, settings, model, modality=1)
+        measured = measure_probe(run, settings, model, modality=run.modality)
         write_probe(run, measured, measured, settings.statistics_samples)
     plans = load_plans(path, base_sha256(run.prepared.base_path))
     rows = None
@@ -102,7 +102,7 @@ def extend(run: Run, model: MultimodalMoE) -> None:
         config.extension.name,
         plans,
         config.extension,
-        modalities=tuple(model.modality_of.values()),
+        modalities=run.prepared.own_modalities,
         modality_rows=rows,
         seed=config.seed,
     )

@@ -90,7 +90,7 @@ def _train(engine, tmp_path, **settings):
         position,
         lambda at: saved.append(at.step),
         StopFlag(),
-        num_frozen={1: 2},
+        new_experts={1: range(2, 2)},
     )
     tracker.close()
     return finished, position, saved
@@ -152,7 +152,7 @@ def _stopped(folder, restored):
     try:
         loop.train(
             "tune", stage, _Engine(), loader, tracker, position, lambda at: None, StopFlag(),
-            num_frozen={1: 2}, log_every=1000,
+            new_experts={1: range(2, 2)}, log_every=1000,
         )  # fmt: skip
     except TooManyBadSamples as error:
         return str(error), position.step, loader.num_new_skips
