@@ -68,5 +68,7 @@ setup(
         "slurm": ["hydra-submitit-launcher>=1.2,<1.3", "submitit>=1.5,<1.6"],
         "dashboards": ["wandb-workspaces>=0.4,<0.5"],
         "tensorboard": ["tensorboard>=2.18,<3"],
+        # base.frozen_format=nf4, on processors too. Not in requirements.lock: its tests skip without it.
+        "nf4": ["bitsandbytes>=0.50.2,<0.51"],
     },
 )

@@ -89,6 +89,15 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class FrozenFormat(Enum):
+    """How `base.frozen_bits=4` keeps a number."""
+
+    plain = "plain"
+    """Evenly spaced values, a bf16 scale for 64 neighbours (`model/packed.py`)."""
+    nf4 = "nf4"
+    """Quantiles of a normal distribution, an fp32 scale for 64: bitsandbytes' format and kernels."""
+
+
 class StageKind(Enum):
     train = "train"
     probe = "probe"
@@ -139,6 +148,8 @@ class BaseConfig:
     frozen_bits: int = 0
     """8 or 4 keeps the frozen experts' matrices in so many bits, half or a quarter of bf16's memory
     (`model/packed.py`); 0 in the run's precision. Exactness is then relative to the base so rounded."""
+    frozen_format: FrozenFormat = FrozenFormat.plain
+    """Of 4 bits: `nf4` errs less and needs the extra `nf4` (bitsandbytes)."""
     chat_template: bool = True
     """Use the tokenizer's chat template when it has one; else plain prompt and answer."""
 

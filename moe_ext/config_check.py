@@ -13,6 +13,7 @@ from moe_ext.config import (
     EncoderConfig,
     ExpertInit,
     ExpertType,
+    FrozenFormat,
     Placement,
     Precision,
     RowInit,
@@ -139,6 +140,11 @@ def _check_base(config: TrainConfig) -> None:
     if base.frozen_bits not in (0, 4, 8):
         raise ValueError(
             f"base.frozen_bits={base.frozen_bits} must be 8 or 4, or 0 for the run's own precision"
+        )
+    if base.frozen_format is FrozenFormat.nf4 and base.frozen_bits != 4:
+        raise ValueError(
+            f"base.frozen_format=nf4 is a format of 4 bits, and base.frozen_bits={base.frozen_bits}; set "
+            "base.frozen_bits=4, or base.frozen_format=plain"
         )
     at_least("base.sparse_every", base.sparse_every, 1)
     at_least("base.sparse_offset", base.sparse_offset, 0)

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from moe_ext.compose import CONF_DIR, ConfigError, compose_only
-from moe_ext.config import Placement, TrainConfig
+from moe_ext.config import FrozenFormat, Placement, TrainConfig
 from moe_ext.config_check import check
 from moe_ext.planning.candidates import NEW_SHARE, Plan, make_plan, subject_of
 from moe_ext.planning.sizes import base_config
@@ -40,7 +40,9 @@ def plan_of(config: TrainConfig, new_share: float = NEW_SHARE, exact: bool = Fal
     lists, every = parallel.hot_lists, parallel.hot_experts
     layers = subject.base.sparse_layers if lists or every else ()
     hot = tuple(len(lists.get(layer, ())) if lists else every for layer in layers)
-    return make_plan(subject, config.cluster, (bits,) if exact or bits else (0, 8, 4), hot)
+    kept = (bits,) if exact or bits else (0, 8, 4)
+    nf4 = config.base.frozen_format is FrozenFormat.nf4
+    return make_plan(subject, config.cluster, kept, hot, nf4)
 
 
 def _base_config(config: TrainConfig) -> Any:

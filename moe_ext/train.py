@@ -198,6 +198,7 @@ def conclude(run: Any) -> None:
                 notes["beside"] = run.prepared.beside.identity
             if run.config.base.frozen_bits:  # it was trained beside experts rounded to so many bits
                 notes["frozen_bits"] = run.config.base.frozen_bits
+                notes["frozen_format"] = run.config.base.frozen_format.name
             save_extension(
                 model.lm,
                 folder,

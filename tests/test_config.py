@@ -77,6 +77,7 @@ def test_values_arrive_typed():
         (["base=folder"], "give exactly one"),
         (["base.top_k=5"], "base.top_k=5"),
         (["base.frozen_bits=5"], "base.frozen_bits=5 must be 8 or 4, or 0"),
+        (["base.frozen_format=nf4", "base.frozen_bits=8"], "nf4 is a format of 4 bits"),
         (["parallel.hot_experts=2"], "needs frozen experts that tokens travel to"),
         (["parallel.hot_experts=2", "+parallel.hot_lists={3:[1]}"], "name hot experts twice"),
         (["cluster.usable_share=2"], "cluster.usable_share=2.0 is a share"),

@@ -263,16 +263,17 @@ class PackedBank(FrozenBank):
     """Pretrained experts in 8 or 4 bits; `gate_up` and `down` are `Packed`, biases stay plain."""
 
     def __init__(
-        self, shape, expert_ids, num_experts, placement, *, dtype, device="cpu", bits: int = 8
-    ):
+        self, shape, expert_ids, num_experts, placement, *, dtype, device="cpu", bits: int = 8,
+        nf4: bool = False,
+    ):  # fmt: skip
         Bank.__init__(self, shape, expert_ids, num_experts, placement)
-        self.bits, self.rounding = bits, Rounding()
+        self.bits, self.nf4, self.rounding = bits, nf4, Rounding()
         for name in ("gate_up_bias", "down_bias"):
             size = self.tensor_shapes().get(name)
             bias = None if size is None else torch.empty(size, dtype=dtype, device=device)
             self.register_buffer(name, bias, persistent=False)
         for name in ("gate_up", "down"):
-            for part, (size, kind) in packed_shapes(self.tensor_shapes()[name], bits).items():
+            for part, (size, kind) in packed_shapes(self.tensor_shapes()[name], bits, nf4).items():
                 tensor = torch.empty(size, dtype=kind, device=device)
                 self.register_buffer(f"{name}_{part}", tensor, persistent=False)
 

@@ -196,8 +196,8 @@ def _rounding(model: nn.Module) -> list[str]:
     for bank in banks:
         total.add(bank.rounding)
     packed, plain = total.relative
-    bits = banks[0].bits
-    return [f"  frozen experts in {bits} bits: relative error {packed:.2%} (in bf16 {plain:.2%})"]
+    kind = f"{banks[0].bits} bits{' (NF4)' if banks[0].nf4 else ''}"
+    return [f"  frozen experts in {kind}: relative error {packed:.2%} (in bf16 {plain:.2%})"]
 
 
 def parameter_counts(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:

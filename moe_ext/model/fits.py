@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_ext.config import TrainConfig
+from moe_ext.config import FrozenFormat, TrainConfig
 from moe_ext.model.families import family_of, sparse_layers
 from moe_ext.model.masks import takes_masks
 from moe_ext.model.packed import group_of
@@ -48,8 +48,9 @@ def check_fits(config: TrainConfig, base: Any) -> None:
     for hot in parallel.hot_lists.values():
         cold_experts(num_experts, parallel.ep_size, parallel.frozen_placement, hot)
     if config.base.frozen_bits:
+        nf4 = config.base.frozen_format is FrozenFormat.nf4
         for width in (shape.hidden_dim, shape.intermediate_dim):
-            group_of(width, config.base.frozen_bits)
+            group_of(width, config.base.frozen_bits, nf4)
     if config.data.pack and not takes_masks(base):
         raise ValueError(
             f"data.pack=true, but a {base.model_type} model has recurrent layers, which carry state from "

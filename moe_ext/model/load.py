@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import initialization as hf_init
 
-from moe_ext.config import Placement
+from moe_ext.config import FrozenFormat, Placement
 from moe_ext.model.attention import use_short_attention
 from moe_ext.model.context import ContextHolder
 from moe_ext.model.experts import Bank, FrozenBank, PackedBank
@@ -80,6 +80,7 @@ def load_base(
     frozen_placement: Placement = Placement.shard,
     attn_implementation: str | None = None,
     frozen_bits: int = 0,
+    frozen_format: FrozenFormat = FrozenFormat.plain,
     hot: Mapping[int, Sequence[int]] | None = None,
 ) -> PreTrainedModel:
     """The pretrained model with `ExtendedMoE` blocks without new experts, frozen, in eval mode.
@@ -90,6 +91,7 @@ def load_base(
 
     Args:
         frozen_bits: 8 or 4 keeps the experts' matrices in so many bits (`model/packed.py`); 0 in `dtype`.
+        frozen_format: how 4 bits keep a number.
         hot: layer -> experts of a sharded bank that every rank holds, so that no token travels for them.
 
     Raises:
@@ -120,7 +122,8 @@ def load_base(
         held = [cold[e] for e in owners(len(cold), ep_size, frozen_placement)[ep_rank]]
 
         def bank_of(held: list[int], num_experts: int, placement: Placement) -> FrozenBank:
-            kind = partial(PackedBank, bits=frozen_bits) if frozen_bits else FrozenBank
+            nf4 = frozen_format is FrozenFormat.nf4
+            kind = partial(PackedBank, bits=frozen_bits, nf4=nf4) if frozen_bits else FrozenBank
             shape = family.expert_shape(config)
             return kind(shape, held, num_experts, placement, dtype=dtype, device=device)
 
@@ -276,7 +279,7 @@ def _fill_packed(bank: PackedBank, slot: int, weights: ExpertTensors, what: str)
         "down": (down.codes[slot], down.scale[slot]),
     }
     for name, (codes, scale) in places.items():
-        found, scale_found = pack_rows(getattr(weights, name), bank.bits)
+        found, scale_found = pack_rows(getattr(weights, name), bank.bits, bank.nf4)
         _fill(codes, found, f"{what} {name}")
         scale.copy_(scale_found)
         bank.rounding.note(getattr(weights, name), Packed(codes[None], scale[None]))

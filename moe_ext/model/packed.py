@@ -8,12 +8,13 @@ largest absolute value over 127. In 4 bits it is numbers between -7 and 7, two a
 low half and 8 added to both, with a bf16 scale for every 64 neighbours (fewer where the width is no
 multiple of 64). What is computed is exactly the matrix `codes * scale`, rounded to the run's precision: a
 packed bank equals a plain one that holds these numbers, and its error against the original is that of
-rounding the weights, half a step at most.
+rounding the weights, half a step at most. `nf4.py` has another 4-bit format, a library's, that is unpacked
+and multiplied in the same way.
 
 The product of an expert unpacks segments of about `SEGMENT_BYTES`, of outputs going forward and of
 inputs going backward, so that no sum is cut: there is never more than one segment in full, and never a
 copy of the bank. On a GPU the same loop is correct and slow; a kernel that multiplies packed weights
-(bitsandbytes' LLM.int8 or NF4, torchao's int8 weight-only, Marlin) would take its place there. None of
+(bitsandbytes' LLM.int8 or 4-bit GEMM, torchao's int8 weight-only, Marlin) would take its place there. None of
 them was tried here.
 """
 
@@ -23,6 +24,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from moe_ext.model.nf4 import BLOCK, pack_nf4, unpack_nf4
 from moe_ext.model.row_plan import Part
 
 SEGMENT_BYTES = 1 << 20
@@ -35,12 +37,19 @@ GROUP = 64
 """Neighbouring 4-bit numbers of a row that share a scale."""
 
 
-def group_of(width: int, bits: int) -> int:
+def group_of(width: int, bits: int, nf4: bool = False) -> int:
     """Numbers of a row of that width that share a scale.
 
     Raises:
-        ValueError: 4 bits and an odd width.
+        ValueError: 4 bits and an odd width; NF4 and one that is no multiple of its block.
     """
+    if nf4:
+        if width % BLOCK:
+            raise ValueError(
+                f"base.frozen_format=nf4 gives every {BLOCK} neighbours of a row a scale, but a matrix of "
+                f"this base is {width} wide; use base.frozen_format=plain"
+            )
+        return BLOCK
     group = width if bits == 8 else gcd(width, GROUP)
     if bits == 4 and group % 2:
         raise ValueError(
@@ -51,21 +60,25 @@ def group_of(width: int, bits: int) -> int:
 
 
 def packed_shapes(
-    size: tuple[int, ...], bits: int
+    size: tuple[int, ...], bits: int, nf4: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> shape and dtype of what a bank keeps of a stack of matrices (E, O, I)."""
     experts, num_out, num_in = size
-    groups = num_in // group_of(num_in, bits)
+    groups = num_in // group_of(num_in, bits, nf4)
     if bits == 8:
         codes = ((experts, num_out, num_in), torch.int8)
         return {"codes": codes, "scale": ((experts, num_out, groups), torch.float32)}
     codes = ((experts, num_out, num_in // 2), torch.uint8)
-    return {"codes": codes, "scale": ((experts, num_out, groups), torch.bfloat16)}
+    scale = torch.float32 if nf4 else torch.bfloat16
+    return {"codes": codes, "scale": ((experts, num_out, groups), scale)}
 
 
-def pack_rows(weight_OI: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Codes (O, I) int8, or (O, I / 2) uint8 in 4 bits, and scales (O, G); zeros have scale 1."""
+def pack_rows(weight_OI: Tensor, bits: int = 8, nf4: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes (O, I) int8, or (O, I / 2) uint8 in 4 bits, and scales (O, G); plain zeros have scale 1."""
     num_out, width = weight_OI.shape
+    if nf4:
+        group_of(width, bits, nf4)
+        return pack_nf4(weight_OI)
     grouped = weight_OI.float().reshape(num_out, -1, group_of(width, bits))
     scale_OG = grouped.abs().amax(2) / MOST[bits]
     scale_OG = torch.where(scale_OG > 0, scale_OG, torch.ones_like(scale_OG))
@@ -80,13 +93,14 @@ def pack_rows(weight_OI: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
 
 class Packed:
-    """(E, O, I) matrices in 8 or 4 bits; views of the buffers of a bank."""
+    """(E, O, I) matrices in 8 or 4 bits; views of the buffers of a bank. NF4 is told by fp32 scales."""
 
     requires_grad = False
 
     def __init__(self, codes: Tensor, scale_EOG: Tensor):
         self.codes, self.scale = codes, scale_EOG
         self.bits = 8 if codes.dtype is torch.int8 else 4
+        self.nf4 = self.bits == 4 and scale_EOG.dtype is torch.float32
         width = codes.shape[2] * (8 // self.bits)
         self.shape = (*codes.shape[:2], width)
         self.group = width // scale_EOG.shape[2]
@@ -144,8 +158,10 @@ class Packed:
         if self.bits == 8:
             return (self.codes[expert, outputs, inputs] * scale_oG).to(dtype)
         pairs = self.codes[expert, outputs, inputs.start // 2 : inputs.stop // 2]
-        codes = torch.stack([pairs & 15, pairs >> 4], dim=2).view(len(pairs), -1, self.group)
         groups = slice(inputs.start // self.group, inputs.stop // self.group)
+        if self.nf4:
+            return unpack_nf4(pairs, scale_oG[:, groups]).to(dtype)
+        codes = torch.stack([pairs & 15, pairs >> 4], dim=2).view(len(pairs), -1, self.group)
         scale_og1 = scale_oG[:, groups].float().unsqueeze(2)
         return ((codes.to(torch.int8) - 8) * scale_og1).flatten(1).to(dtype)
 

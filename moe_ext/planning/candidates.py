@@ -80,6 +80,7 @@ class Candidate:
             "new_placement": placed.new.value,
             "zero_stage": placed.zero_stage,
             "frozen_bits": placed.frozen_bits,
+            "frozen_format": "nf4" if placed.nf4 else "plain",
             "hot_experts": list(placed.hot),
             "memory_bytes": {**vars(memory), "state": memory.state, "total": memory.total},
             "fits": self.fits,
@@ -270,6 +271,7 @@ def make_plan(
     cluster: ClusterConfig,
     bits: tuple[int, ...] = (0, 8, 4),
     hot: tuple[int, ...] = (),
+    nf4: bool = False,
 ) -> Plan:
     """Candidates in order: fitting before not, exact base before packed, then time, then memory.
 
@@ -277,7 +279,7 @@ def make_plan(
     Deterministic: times are compared to four digits, and equal ones by memory and plainness.
     """
     found = [
-        evaluate(subject, placed, cluster)
+        evaluate(subject, replace(placed, nf4=nf4 and placed.frozen_bits == 4), cluster)
         for placed in placements(subject, cluster.num_ranks, bits, hot)
     ]
 

@@ -52,6 +52,8 @@ class Placed:
     hot: tuple[int, ...] = ()
     """Sparse layer by sparse layer: frozen experts that every rank holds though the bank is sharded;
     empty: none."""
+    nf4: bool = False
+    """The 4 bits are bitsandbytes' (`base.frozen_format`)."""
 
     @property
     def exchanges(self) -> bool:
@@ -97,7 +99,7 @@ class RankMemory:
         return self.state + max(self.activations + max(self.buckets, self.logits), self.step)
 
 
-def expert_bytes(base: BaseSizes, element_bytes: int, bits: int) -> int:
+def expert_bytes(base: BaseSizes, element_bytes: int, bits: int, nf4: bool = False) -> int:
     """Of one frozen expert: plain, or packed with its scales; biases stay plain."""
     if bits == 0:
         return base.expert_elements * element_bytes
@@ -105,7 +107,7 @@ def expert_bytes(base: BaseSizes, element_bytes: int, bits: int) -> int:
     packed = sum(
         prod(size) * dtype.itemsize
         for matrix in ((1, 2 * wide, dim), (1, dim, wide))
-        for size, dtype in packed_shapes(matrix, bits).values()
+        for size, dtype in packed_shapes(matrix, bits, nf4).values()
     )
     return packed + (base.expert_elements - 3 * dim * wide) * element_bytes
 
@@ -126,7 +128,7 @@ def rank_memory(
         train: the parts that the stage trains.
     """
     e, ep_rank = work.element_bytes, (rank or 0) % placed.ep_size
-    frozen = expert_bytes(base, e, placed.frozen_bits) * sum(
+    frozen = expert_bytes(base, e, placed.frozen_bits, placed.nf4) * sum(
         held_experts(base.num_experts, placed.ep_size, placed.frozen, placed.hot_in(i))[ep_rank]
         for i in range(len(base.sparse_layers))
     )

@@ -28,7 +28,7 @@ def describe(placed: Placed) -> str:
         words += [f"frozen {placed.frozen.value}", f"new {placed.new.value}"]
     words.append(f"ZeRO {placed.zero_stage}")
     if placed.frozen_bits:
-        words.append(f"{placed.frozen_bits} bits")
+        words.append(f"{placed.frozen_bits} bits{' (NF4)' if placed.nf4 else ''}")
     if any(placed.hot):
         least, most = min(placed.hot), max(placed.hot)
         words.append(f"{most} hot" if least == most else f"{least} to {most} hot")

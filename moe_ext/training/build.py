@@ -177,6 +177,7 @@ def build_model(
         ep_group=topology.ep_group,
         frozen_placement=config.parallel.frozen_placement,
         frozen_bits=config.base.frozen_bits,
+        frozen_format=config.base.frozen_format,
         hot=hot,
     )
     connectors = nn.ModuleDict()

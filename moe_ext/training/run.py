@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 
 from moe_ext.analysis.reduce import Ranks as AnalysisRanks
-from moe_ext.config import TrainConfig
+from moe_ext.config import (
+    BaseConfig,
+    ConnectorConfig,
+    DataConfig,
+    ExtensionConfig,
+    OptimConfig,
+    StageConfig,
+    TrainConfig,
+)
 from moe_ext.training.build import Prepared
 from moe_ext.training.checkpoint import Published, Snapshot, published
 from moe_ext.training.ownership import Claim
@@ -31,6 +39,12 @@ RULES = ("spike_sigmas", "spike_window", "max_bad_steps")
 """Of a stage: which steps are skipped and when that ends it. The remedy for an end is another value."""
 FREE_OF_STAGE = ("checkpoint_every", *RULES, *BATCH)
 """Of a stage: with another number of ranks, others of BATCH give the same steps (`check_batch`)."""
+
+KINDS: dict[str, type] = {
+    "stage": StageConfig, "base": BaseConfig, "connector": ConnectorConfig,
+    "extension": ExtensionConfig, "data": DataConfig, "optim": OptimConfig,
+}  # fmt: skip
+"""Part of an identity -> the class of its settings."""
 
 
 @dataclass
@@ -126,6 +140,10 @@ def check_identity(run: Run, name: str, source: Published) -> None:
     """
     theirs = {part: without_free(value) for part, value in source.state["identity"].items()}
     ours = dict(run.identity(name))
+    for part in KINDS.keys() & ours.keys():
+        # a setting that came later was at its default, which does what there was before it
+        defaults = to_plain(asdict(KINDS[part]()))
+        theirs[part] = {key: defaults[key] for key in ours[part]} | theirs[part]
     check_batch(run, name, source, theirs.pop("batch"), ours.pop("batch"))
     if theirs == ours:
         return

@@ -41,6 +41,8 @@ def test_widths_and_recurrent_layers():
     with pytest.raises(ValueError, match="15 wide; use base.frozen_bits=8"):
         check_fits(compose(*NARROW, "base.frozen_bits=4"), odd)
     check_fits(compose(*NARROW, "base.frozen_bits=8"), odd)
+    with pytest.raises(ValueError, match="is 32 wide; use base.frozen_format=plain"):
+        check_fits(compose(*NARROW, "base.frozen_bits=4", "base.frozen_format=nf4"), odd)
     with pytest.raises(ValueError, match="recurrent layers, .* use data.pack=false"):
         check_fits(compose(*NARROW, "data.pack=true"), tiny_config("qwen3_next"))
     with pytest.raises(ValueError, match="without a sparse layer"):

@@ -193,7 +193,10 @@ def test_a_result_of_other_settings_is_refused(tmp_path):
     check_identity(run, "tune", source({**ours, "optim": {"clip_norm": 1.0, "fetch_tries": 9}}))
     # which steps are skipped may be decided anew: that is the remedy when a run ended over it
     check_identity(run, "tune", source({**ours, "stage": {"steps": 5, "max_bad_steps": 10}}))
+    # nor does a setting that there was not yet, where it is what it was before
+    check_identity(run, "tune", source({**ours, "optim": {}}))
     for theirs, key in (
+        ({**ours, "stage": {}}, "stages.tune.steps"),
         ({**ours, "stage": {"steps": 6}}, "stages.tune.steps"),
         ({**ours, "optim": {"clip_norm": 2.0}}, "optim.clip_norm"),
         ({**ours, "seed": 2}, "seed"),
