@@ -72,6 +72,18 @@ class LauncherConfig:
     """slurm: one job a stage, each waiting for the one before, instead of one for the chain."""
 
 
+SECRET_NAME = re.compile(r"(?i)(^|_)(KEY(_ID)?|TOKEN|SECRET|PASS(WORD|WD)?|CREDENTIALS?)$")
+SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+"""A name and a password in a URL."""
+
+
+def _secret(key: str) -> str:
+    return (
+        f"{key} looks like a secret, and the resolved configuration is written to disk; let the hosts have it "
+        "in their own environment (for W&B: `wandb login` there)"
+    )
+
+
 def check_launcher(launcher: LauncherConfig) -> None:
     """Raise ValueError for the first rule that the settings break."""
     for key, least in {
@@ -94,13 +106,15 @@ def check_launcher(launcher: LauncherConfig) -> None:
     for name, value in launcher.environment.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\n" in value:
             raise ValueError(
-                f"launcher.environment.{name}={value!r} is no variable of one line; use letters, digits and '_'"
+                f"launcher.environment.{name} is no variable of one line; use letters, digits and '_'"
             )
-        if re.search(r"(KEY|TOKEN|SECRET|PASSWORD)$", name):
-            raise ValueError(
-                f"launcher.environment.{name} looks like a secret, and the resolved configuration is written to disk; "
-                "let the hosts have it in their own environment (for W&B: `wandb login` there)"
-            )
+        if SECRET_NAME.search(name) or SECRET_VALUE.search(value):
+            raise ValueError(_secret(f"launcher.environment.{name}"))
+    for key in ("setup", "directives", "wrapper"):
+        for number, text in enumerate(getattr(launcher, key)):
+            assigned = re.findall(r"([A-Za-z_]\w*)=(?!\s|$)", text)
+            if any(map(SECRET_NAME.search, assigned)) or SECRET_VALUE.search(text):
+                raise ValueError(_secret(f"launcher.{key}[{number}]"))
     if launcher.kind is LauncherKind.hostfile:
         if not launcher.hostfile:
             raise ValueError("launcher.hostfile is empty; give the file with lines `name slots=N`")

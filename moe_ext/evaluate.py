@@ -7,7 +7,7 @@ from pathlib import Path
 from moe_ext.compose import CONF_DIR, ConfigError, load
 from moe_ext.config import TrackingConfig
 from moe_ext.config_check import check_world
-from moe_ext.training.ownership import Claim
+from moe_ext.training.ownership import joined
 from moe_ext.training.signals import StopFlag
 from moe_ext.training.topology import ranks_from_environment
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepared = prepare(
             config, topology, lambda: base_folder(config, tracker), beside_of(config)
         )
-        run = Run(config, topology, prepared, tracker, Claim(given.run, ""), stop)
+        run = Run(config, topology, prepared, tracker, joined(given.run), stop)
         if run.result(config.chain[-1]) is None:
             options.exit(
                 2,

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from moe_ext.compose import CONF_DIR, ConfigError
-from moe_ext.config_check import check_world
+from moe_ext.config_check import check_paths, check_world
 from moe_ext.config_launcher import LauncherConfig, LauncherKind
 from moe_ext.jobs import deepspeed_launcher, slurm
 from moe_ext.jobs.plan import describe
 from moe_ext.jobs.runs import PlannedRun, plan_runs, sweep_id
+from moe_ext.jobs.stopping import check_free
+from moe_ext.training.signals import STOP_FILE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         nodes, ranks_per_node = _size(launcher)
         for run in runs:
             check_world(run.config, nodes * ranks_per_node, ranks_per_node)
+            if not launcher.wrapper:  # a container's paths are not this machine's
+                check_paths(run.config)
+            if not options.dry_run:
+                check_free(run)
         for run in runs:
             print(describe(run, nodes * ranks_per_node, nodes), end="\n\n")
         if launcher.kind is LauncherKind.slurm:
@@ -85,12 +91,16 @@ def _deepspeed(runs: Sequence[PlannedRun], num_ranks: int, dry_run: bool) -> int
     for run in runs:
         launcher = run.config.launcher
         words = deepspeed_launcher.command(run, num_ranks, deepspeed_launcher.port_of(launcher))
+        if launcher.hostfile:
+            hosts = deepspeed_launcher.read_hostfile(Path(launcher.hostfile))
+            print("hosts   ", *(f"{host.name} slots={host.slots}" for host in hosts))
         print(shlex.join(words))
+        for name, value in deepspeed_launcher.variables_of(launcher, group).items():
+            print(f"  with {name}={value}")
         if dry_run:
-            for name, value in deepspeed_launcher.variables_of(launcher, group).items():
-                print(f"  with {name}={value}")
             continue
         run.write()
+        (run.run_dir / STOP_FILE).unlink(missing_ok=True)  # an earlier start's
         sys.stdout.flush()
         if code := deepspeed_launcher.start(run, words, group):
             return code
@@ -108,19 +118,29 @@ def _slurm(runs: Sequence[PlannedRun], ranks_per_node: int, dry_run: bool) -> in
     jobs = {"job": list(runs)}
     if launcher.job_per_stage:
         jobs = {f"stage-{run.config.chain[-1]}": [run] for run in slurm.stage_runs(runs[0])}
+    if dry_run:
+        after = ""
+        for name, members in jobs.items():
+            script = folder / f"{name}.sbatch"
+            print(f"# {script}")
+            print(slurm.script_text(members, folder, ranks_per_node, group, name))
+            print(f"# {script.with_suffix('.tasks')}")
+            print(*slurm.task_files(members, name), sep="\n", end="\n\n")
+            print(shlex.join(slurm.submission(script, after)), end="\n\n")
+            after = f"ID_OF_{name}"
+        return 0
+    for run in runs:
+        (run.run_dir / STOP_FILE).unlink(missing_ok=True)  # an earlier start's
+    log = str(folder / ("task-{task}.log" if is_sweep else "job.log"))
     submitted: list[str] = []
     for name, members in jobs.items():
-        if dry_run:
-            print(f"# {folder / name}.sbatch")
-            print(slurm.script_text(members, folder, ranks_per_node, group, name))
-            continue
         script = slurm.write_job(members, folder, ranks_per_node, group, name)
         submitted.append(slurm.submit(script, after=submitted[-1] if submitted else ""))
-        print(f"submitted {submitted[-1]}: {script}")
-    if submitted:
-        log = str(folder / ("task-{task}.log" if is_sweep else "job.log"))
         slurm.remember(folder, submitted, runs, log)
-        print(f"moe-ext jobs {folder.parent}")
+        print(f"submitted {submitted[-1]}: {script}")
+    print(f"log      {log.format(task='N')}")
+    print(f"look     moe-ext jobs {folder.parent}")
+    print(f"end      moe-ext jobs --stop {folder.parent}")
     return 0
 
 

@@ -43,6 +43,7 @@ def train(composed: DictConfig) -> None:
     from moe_ext.jobs.runs import planned
     from moe_ext.preflight import check_files
     from moe_ext.train import run
+    from moe_ext.training.ownership import read_status
     from moe_ext.training.signals import STOPPED_EXIT_CODE
     from moe_ext.training.topology import ranks_from_environment, stop
 
@@ -56,6 +57,9 @@ def train(composed: DictConfig) -> None:
         raise RuntimeError(f"{point.run_dir} failed with code {code}; see its status.json")
     stop()
     if code == STOPPED_EXIT_CODE:
+        status = read_status(point.run_dir)
+        if status is not None and not status.requeue:
+            raise RuntimeError(f"{point.run_dir} was asked to stop; start the sweep again to go on")
         # Published. The signal again, to the handler that was there before ours: it requeues the job.
         os.kill(os.getpid(), signal.SIGUSR2)
         time.sleep(LEAVE_S)

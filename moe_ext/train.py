@@ -21,7 +21,7 @@ from moe_ext.compose import ConfigError, load, parser
 from moe_ext.config import TrainConfig, to_yaml
 from moe_ext.config_check import check_world
 from moe_ext.training.ownership import Claim, claim, read_status
-from moe_ext.training.signals import STOPPED_EXIT_CODE, StopFlag, StopRequested
+from moe_ext.training.signals import STOP_FILE, STOPPED_EXIT_CODE, StopFlag, StopRequested
 from moe_ext.training.topology import Ranks, ranks_from_environment
 
 CONFIG_FILE = "config.json"
@@ -64,7 +64,9 @@ def run(config: TrainConfig, ranks: Ranks) -> int:
     trackers: list[Any] = []
     peers: list[Any] = []
     try:
-        return _run(config, ranks, folder, claims, trackers, peers)
+        # Open from here on: a request that comes while the ranks still meet must not kill one of them.
+        with StopFlag(folder / STOP_FILE if ranks.rank == 0 else None) as stop:
+            return _run(config, ranks, folder, claims, trackers, peers, stop)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -98,6 +100,7 @@ def _run(
     claims: list[Claim],
     trackers: list[Any],
     peers: list[Any],
+    stop: StopFlag,
 ) -> int:
     # Heavy imports wait until the configuration has been accepted.
     from moe_ext.beside import beside_of
@@ -105,14 +108,13 @@ def _run(
     from moe_ext.training.build import prepare
     from moe_ext.training.conclusion import measure_step0, measure_text_before
     from moe_ext.training.peers import watch
-    from moe_ext.training.run import Run, to_plain
+    from moe_ext.training.run import Run, status, to_plain
     from moe_ext.training.stages import run_chain
     from moe_ext.training.tracking import Tracker
 
     plain = to_plain(asdict(config))
     if ranks.rank == 0:
         claims.append(claim(folder))
-        claims[0].write_status("running")
         (folder / CONFIG_FILE).write_text(json.dumps(plain, indent=1) + "\n")
     topology = topologies.start(
         ranks,
@@ -124,40 +126,39 @@ def _run(
     token = topologies.from_rank_0(claims[0].token if claims else "")
     claims[:] = [Claim(folder, token)]
     group = os.environ.get("MOE_EXT_GROUP", "")
-    tracker = Tracker(folder, plain, config.tracking, rank=ranks.rank, group=group)
+    tracker = Tracker(
+        folder, plain, config.tracking, rank=ranks.rank, group=group, owned=claims[0].check
+    )
     trackers.append(tracker)
     if config.parallel.planned:
         tracker.say(f"parallel=auto: {config.parallel.planned}")
-    with StopFlag() as stop:
-        began = time.perf_counter()
-        prepared = prepare(
-            config, topology, lambda: base_folder(config, tracker), beside_of(config)
-        )
-        context = Run(config, topology, prepared, tracker, claims[0], stop)
-        tracker.stage(
-            {
-                "stage": "prepare",
-                "kind": "prepare",
-                "steps": 0,
-                "minutes": (time.perf_counter() - began) / 60,
-            }
-        )
-        try:
-            measure_text_before(context)
-            finished = run_chain(context, at_step0=measure_step0)
-            if finished:
-                conclude(context)
-        except StopRequested:  # between steps: all that is done is published
-            finished = False
-            known = read_status(folder)
-            tracker.say("stopped on request, nothing was under way")
-            if ranks.rank == 0 and known is not None:
-                claims[0].write_status("stopped", known.stage, known.step)
-        if not finished:
-            tracker.close(STOPPED_EXIT_CODE, resumable=True)
-            return STOPPED_EXIT_CODE
-        if ranks.rank == 0:
-            claims[0].write_status("finished")
+    began = time.perf_counter()
+    prepared = prepare(config, topology, lambda: base_folder(config, tracker), beside_of(config))
+    context = Run(config, topology, prepared, tracker, claims[0], stop)
+    tracker.stage(
+        {
+            "stage": "prepare",
+            "kind": "prepare",
+            "steps": 0,
+            "minutes": (time.perf_counter() - began) / 60,
+        }
+    )
+    try:
+        measure_text_before(context)
+        finished = run_chain(context, at_step0=measure_step0)
+        if finished:
+            conclude(context)
+    except StopRequested:  # between steps: all that is done is published
+        finished = False
+        known = read_status(folder)
+        tracker.say("stopped on request, nothing was under way")
+        if known is not None:
+            status(context, "stopped", known.stage, known.step)
+    if not finished:
+        stop.answered()
+        tracker.close(STOPPED_EXIT_CODE, resumable=True)
+        return STOPPED_EXIT_CODE
+    status(context, "finished")
     tracker.close()
     return 0
 
@@ -190,6 +191,7 @@ def conclude(run: Any) -> None:
 
     model = last_model(run)
     evaluate_run(run, model)
+    run.check_owner()
     if run.topology.rank == 0:
         folder = run.folder / "extension"
         if not folder.exists():

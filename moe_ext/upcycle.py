@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, PretrainedConfig
+
 from moe_ext.config import BaseConfig, SpecialiseConfig
 from moe_ext.data.texts import python_docs
-from moe_ext.model.gguf import BUILTIN, builtin_dense
+from moe_ext.model.gguf import BUILTIN, builtin_config, builtin_dense
 from moe_ext.model.specialise import FitReport
 from moe_ext.model.upcycle import (
     cached_upcycle,
@@ -80,9 +82,12 @@ def prepare_base(
 
 
 def planned_config(base: BaseConfig, cache_dir: Path) -> Any:
-    """The Hugging Face configuration that the base will have once it is upcycled."""
-    dense = dense_folder(base.dense, cache_dir)
-    layers = sparse_layers(num_decoder_layers(dense), base.sparse_every, base.sparse_offset)
+    """The Hugging Face configuration that the base will have once it is upcycled; nothing is written."""
+    if base.dense.startswith(BUILTIN_PREFIX):
+        dense: PretrainedConfig = builtin_config(base.dense.removeprefix(BUILTIN_PREFIX))
+    else:
+        dense = AutoConfig.from_pretrained(dense_folder(base.dense, cache_dir))
+    layers = sparse_layers(dense.num_hidden_layers, base.sparse_every, base.sparse_offset)
     return upcycled_config(dense, base.num_experts, base.top_k, layers, base.specialise)
 
 

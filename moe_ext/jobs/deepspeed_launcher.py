@@ -4,27 +4,37 @@ and a start whose success is read from the run's own status.
 Traps that shape this file (DeepSpeed 0.19.8): arguments pass through the remote shell unquoted, so
 only paths of the resolved configuration travel; pdsh carries almost no variable over, so ours go
 through a file that DS_ENV_FILE names; one host in a hostfile is taken for this machine unless
-`--force_multi` says otherwise; a launcher whose node process was killed exits 0; on SIGTERM it kills
-data workers before their ranks, so a stop request goes to the ranks alone.
+`--force_multi` says otherwise; a launcher whose node process was killed exits 0; on SIGTERM and SIGINT
+it kills data workers before their ranks here, and on the hosts, by `pkill -f`, every DeepSpeed job of
+this user. So it is sent neither: a stop request is a file in the run's folder, and what has to end at
+once is found by its command line (`processes.py`).
 """
 
+import contextlib
+import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+import moe_ext
+from moe_ext.analysis.run_folder import write_json
 from moe_ext.compose import ConfigError
 from moe_ext.config_launcher import LauncherConfig
+from moe_ext.jobs import processes
 from moe_ext.jobs.runs import PlannedRun
 from moe_ext.training.ownership import STATUS_FILE, read_status
-from moe_ext.training.signals import STOPPED_EXIT_CODE
+from moe_ext.training.signals import STOP_FILE, STOPPED_EXIT_CODE
 
 ENVIRONMENT_FILE = "environment"
 HOSTFILE_PORT = 29500
@@ -113,40 +123,88 @@ def environment_text(variables: dict[str, str]) -> str:
 def start(run: PlannedRun, words: list[str], group: str = "") -> int:
     """Run the command to its end; 0 only if the run itself says that it is finished.
 
-    SIGTERM, SIGINT and SIGUSR2 to this process ask the ranks to publish and stop; the result is then
-    STOPPED_EXIT_CODE. With ranks on other hosts deepspeed passes the request on in its own way.
+    SIGTERM, SIGINT or SIGUSR2 to this process asks the ranks to publish and stop; the result is then
+    STOPPED_EXIT_CODE. A second one ends them at once.
+
+    Raises:
+        ConfigError: pdsh is missing.
     """
+    launcher = run.config.launcher
+    if "--force_multi" in words and shutil.which("pdsh") is None:
+        raise ConfigError(
+            "launcher=hostfile starts the hosts through pdsh, which is not here: apt-get install pdsh, or "
+            "launcher.ssh=false and the command on every host"
+        )
     environment_file = run.launch_dir / ENVIRONMENT_FILE
-    variables = variables_of(run.config.launcher, group)
+    variables = variables_of(launcher, group)
     environment_file.write_text(environment_text(variables))
     environment = os.environ | variables | {"DS_ENV_FILE": str(environment_file)}
     # A group of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
     process = subprocess.Popen(words, env=environment, start_new_session=True)
-    remote = "--force_multi" in words
+    stop_file, asked = run.run_dir / STOP_FILE, False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        print("asking the ranks to publish and stop", file=sys.stderr, flush=True)
-        if remote:
-            process.terminate()
-        else:
-            stop_ranks(process.pid)
+        nonlocal asked
+        if asked:
+            print(end_processes(run.resolved, launcher), file=sys.stderr, flush=True)
+            return
+        asked = True
+        stop_file.touch()
+        say = "asking the ranks to publish and stop; once more ends them at once"
+        print(say, file=sys.stderr, flush=True)
 
     previous = {
         n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     }
     try:
-        code = process.wait()
+        with _noted(run.launch_dir):
+            code = process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        stop_file.unlink(missing_ok=True)  # of a run that ended before it could answer
     return verdict(run.run_dir, code, since_s=environment_file.stat().st_mtime)
 
 
-def stop_ranks(launcher_pid: int) -> None:
-    """Send SIGUSR2 to the ranks below a local deepspeed launcher: runner -> launch -> ranks."""
-    for node in psutil.Process(launcher_pid).children():
-        for rank in node.children():
-            rank.send_signal(signal.SIGUSR2)
+@contextlib.contextmanager
+def _noted(launch_dir: Path) -> Iterator[None]:
+    """Inside, the folder says that this process, on this host, is running the run."""
+    file, me = _note(launch_dir), psutil.Process()
+    write_json(file, {"pid": me.pid, "created_s": me.create_time()})
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _note(launch_dir: Path) -> Path:
+    return launch_dir / f"launcher.{socket.gethostname()}.json"
+
+
+def running_launcher(run_dir: Path) -> int:
+    """Process id of the `moe-ext launch` on this host that has the run under way; 0 when there is none."""
+    try:
+        note = json.loads(_note(run_dir / "launch").read_text())
+        process = psutil.Process(note["pid"])
+        return process.pid if process.create_time() == note["created_s"] else 0
+    except (OSError, psutil.NoSuchProcess):
+        return 0
+
+
+def end_processes(resolved: Path, launcher: LauncherConfig) -> str:
+    """End all processes of a run at once, on all its hosts; what each host says."""
+    said = []
+    if launcher.hostfile and launcher.ssh:
+        hosts = ",".join(host.name for host in read_hostfile(Path(launcher.hostfile)))
+        python_path = Path(moe_ext.__file__).parents[1]
+        there = [sys.executable, "-m", "moe_ext.jobs.processes", str(resolved)]
+        there = ["env", f"PYTHONPATH={python_path}", *there]
+        words = ["pdsh", "-S", "-R", "ssh", "-w", hosts, shlex.join(there)]
+        done = subprocess.run(words, capture_output=True, text=True)
+        said = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    # The launcher last: while it lives, it sees its hosts end.
+    said.append(f"here: ended {processes.end(resolved)} process(es)")
+    return "\n".join(said)
 
 
 def verdict(run_dir: Path, launcher_code: int, since_s: float) -> int:

@@ -1,17 +1,21 @@
-"""What a launch will do, in words: ranks, steps, memory of the frozen base, shards a rank.
+"""What a launch will do, in words: ranks, steps, memory a rank, shards a rank.
 
 Only what can be known without starting anything; what cannot be known yet is said to be so.
 """
 
 import json
-import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from moe_ext.config import Placement, StageKind, TrainConfig
+from moe_ext.data.configured import builtin_manifest
 from moe_ext.jobs.runs import PlannedRun
-from moe_ext.model.files import Checkpoint
-from moe_ext.model.placement import owners
+from moe_ext.plan import plan_of
+from moe_ext.planning.candidates import evaluate
+from moe_ext.planning.memory import RankMemory
+from moe_ext.planning.table import KINDS, size
+from moe_ext.training.views import without_secrets
 
 
 def describe(run: PlannedRun, num_ranks: int, num_nodes: int) -> str:
@@ -26,7 +30,7 @@ def describe(run: PlannedRun, num_ranks: int, num_nodes: int) -> str:
         ),
         *((("planned", config.parallel.planned),) if config.parallel.planned else ()),
         *(("stage", line) for line in _stage_lines(config, num_ranks)),
-        ("memory", _memory_line(config)),
+        ("memory", _memory_line(config, num_ranks)),
         *(("data", line) for line in _data_lines(config, num_ranks)),
     ]
     return "\n".join(f"{name:<8} {text}" for name, text in rows)
@@ -43,52 +47,45 @@ def _stage_lines(config: TrainConfig, num_ranks: int) -> Iterator[str]:
         yield f"{name}: {stage.steps} steps of {sequences} sequences, trains {parts}"
 
 
-def _memory_line(config: TrainConfig) -> str:
-    if not config.base.path:
-        return "known once the base is upcycled"
-    shared, experts, num_experts = checkpoint_bytes(Path(config.base.path))
-    share = largest_share(num_experts, config.parallel.ep_size, config.parallel.frozen_placement)
-    rank = shared + share * experts
-    return (
-        f"frozen base {rank / 2**30:.2f} GiB a rank as stored "
-        f"({(shared + experts) / 2**30:.2f} GiB in all, {num_experts} experts a layer)"
+def _memory_line(config: TrainConfig, num_ranks: int) -> str:
+    """The planner's figures for the stage that trains most, of the rank that holds most."""
+    try:
+        memory = memory_of(config, num_ranks)
+    except ValueError as error:
+        return f"not known here: {error}"
+    kinds = ", ".join(f"{kind} {size(getattr(memory, kind))}" for kind in KINDS)
+    return f"{memory.total / 2**30:.2f} GiB of tensors a rank at most, by moe-ext plan ({kinds})"
+
+
+def memory_of(config: TrainConfig, num_ranks: int) -> RankMemory:
+    """Bytes of the rank that holds most, in the placement that is configured.
+
+    Raises:
+        ValueError: the base or an encoder is not here to look at, or has no row of its own.
+    """
+    cluster = replace(config.cluster, nodes=1, ranks_per_node=num_ranks)
+    plan = plan_of(replace(config, cluster=cluster), exact=True)
+    parallel = config.parallel
+    spread = [c.placed for c in plan.candidates if c.placed.frozen is Placement.shard]
+    placed = replace(
+        max(spread, key=lambda placed: placed.ep_size),  # with the hot experts, where there are any
+        ep_size=parallel.ep_size,
+        frozen=parallel.frozen_placement,
+        new=config.extension.placement,
+        zero_stage=max(parallel.zero_stage, 1),
     )
-
-
-def largest_share(num_experts: int, ep_size: int, placement: Placement) -> float:
-    """Part of a layer's experts on the rank that holds most of them."""
-    if not num_experts:
-        return 1.0
-    return max(map(len, owners(num_experts, ep_size, placement))) / num_experts
-
-
-def checkpoint_bytes(folder: Path) -> tuple[int, int, int]:
-    """(bytes outside the experts, bytes of the experts, experts a layer) from the files' headers alone."""
-    shared = experts = num_experts = 0
-    for file in Checkpoint(folder).files:
-        with open(file, "rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for key, entry in header.items():
-            if key == "__metadata__":
-                continue
-            first, last = entry["data_offsets"]
-            found = re.search(r"\.experts\.(?:(\d+)\.)?", key)
-            if found is None:
-                shared += last - first
-                continue
-            experts += last - first
-            rows = int(found[1]) + 1 if found[1] else entry["shape"][0]
-            num_experts = max(num_experts, rows)
-    return shared, experts, num_experts
+    return evaluate(plan.subject, placed, plan.cluster).memory
 
 
 def _data_lines(config: TrainConfig, num_ranks: int) -> Iterator[str]:
-    if config.data.builtin:
-        yield f"built-in {config.data.builtin}, shards made once in {config.cache_dir}"
-    for name, stream in config.data.streams.items():
-        path = Path(stream.manifest)
-        if not path.is_file():
-            yield f"{name}: {stream.manifest} is not here to look at"
+    data = config.data
+    manifests = {name: stream.manifest for name, stream in data.streams.items()}
+    if data.builtin:
+        manifests[data.builtin] = str(builtin_manifest(data, config.cache_dir))
+    for name, manifest in manifests.items():
+        if not Path(manifest).is_file():
+            why = "is made by the first start" if name == data.builtin else "is not here to look at"
+            yield f"{name}: {without_secrets(manifest)} {why}"
             continue
-        shards = json.loads(path.read_text()).get("shards", [])
+        shards = json.loads(Path(manifest).read_text()).get("shards", [])
         yield f"{name}: {len(shards)} shards, {len(shards) / num_ranks:.1f} a rank"

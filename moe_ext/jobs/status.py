@@ -1,4 +1,4 @@
-"""`moe-ext jobs`: how the runs stand, from their own files and from Slurm's queue."""
+"""`moe-ext jobs`: how the runs stand, from their own files and from Slurm's queue; and their end."""
 
 import argparse
 import re
@@ -9,9 +9,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from moe_ext.analysis.run_folder import load_run
-from moe_ext.jobs import slurm
-from moe_ext.training.ownership import read_status
+from moe_ext.analysis.run_folder import METRICS_FILE, load_run
+from moe_ext.jobs import slurm, stopping
+from moe_ext.jobs.processes import is_gone
+from moe_ext.jobs.slurm import Submitted
+from moe_ext.training.ownership import STATUS_FILE, read_status
 
 
 @dataclass
@@ -30,50 +32,81 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 1 when there is no run, or none to stop, else 0."""
     parser = argparse.ArgumentParser(
         prog="moe-ext jobs",
-        description="State, last step, loss and error line of the runs at or below a folder.",
+        description="State, last step, loss and error line of the runs at or below a folder; or end them. "
+        "`moe-ext launch` with the same settings goes on where a run was ended.",
     )
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs"))
+    parser.add_argument("folder", type=Path, nargs="?", default=None, help="default: runs")
+    ending = parser.add_mutually_exclusive_group()
+    ending.add_argument(
+        "--stop",
+        action="store_true",
+        help="ask the runs to publish a checkpoint, end and stay away; what waits in Slurm's queue leaves it",
+    )
+    ending.add_argument(
+        "--cancel", action="store_true", help="end the runs at once, without a checkpoint"
+    )
     options = parser.parse_args(argv)
-    rows = collect(options.folder)
-    if not rows:
-        print(f"no runs at or below {options.folder}")
+    if (options.stop or options.cancel) and options.folder is None:
+        parser.error(
+            "--stop and --cancel need the folder of a run, of a sweep, or of several: runs"
+        )
+    folder = options.folder or Path("runs")
+    standings = survey(folder)
+    if not standings:
+        print(f"no runs at or below {folder}")
         return 1
+    if options.stop or options.cancel:
+        end = stopping.stop if options.stop else stopping.cancel
+        said = [(s.run_dir, end(s.run_dir, s.submitted)) for s in standings]
+        for run_dir, text in said:
+            print(f"{run_dir.name}: {text or 'is not running'}")
+        return 0 if any(text for _, text in said) else 1
     table = Table(*Row.__dataclass_fields__)
-    for row in rows:
-        table.add_row(*vars(row).values())
+    for standing in standings:
+        table.add_row(*vars(row(standing)).values())
     Console().print(table)
     return 0
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A run's folder, and what Slurm says of it if it was submitted there."""
+
+    run_dir: Path
+    submitted: Submitted | None
+
+
+def survey(folder: Path) -> list[Standing]:
+    """Every submitted run and every run folder, in order of name."""
+    known: dict[Path, Submitted | None] = dict(slurm.submitted_below(folder))
+    for name in (METRICS_FILE, STATUS_FILE):
+        for path in folder.absolute().glob(f"**/{name}"):
+            known.setdefault(path.parent, None)
+    return [Standing(run_dir, known[run_dir]) for run_dir in sorted(known)]
+
+
 def collect(folder: Path) -> list[Row]:
     """A row for every submitted run and for every run folder, in order of name."""
-    rows: dict[Path, Row] = {}
-    for path in slurm.submissions(folder):
-        submission = slurm.read_submission(path)
-        job = submission["jobs"][-1]
-        known = {
-            task: state for each in submission["jobs"] for task, state in slurm.states(each).items()
-        }
-        for index, task in enumerate(submission["tasks"]):
-            run_dir = Path(task["run_dir"])
-            name = f"{job}_{index}" if len(submission["tasks"]) > 1 else job
-            log = Path(submission["log"].format(task=index))
-            rows[run_dir] = _row(run_dir, name, known.get(name, ""), log)
-    for path in folder.glob("**/metrics.jsonl"):
-        rows.setdefault(path.parent, _row(path.parent, "", "", None))
-    return [rows[run_dir] for run_dir in sorted(rows)]
+    return [row(standing) for standing in survey(folder)]
 
 
-def _row(run_dir: Path, job: str, slurm_state: str, log: Path | None) -> Row:
+def row(standing: Standing) -> Row:
+    run_dir, submitted = standing.run_dir, standing.submitted
     status = read_status(run_dir)
     stage, step, loss = last_step(run_dir)
-    error = status.error if status is not None and status.state == "failed" else ""
-    if not error and (status is None or "FAIL" in slurm_state) and log is not None:
-        error = error_line(log)
     state = status.state if status is not None else ""
-    return Row(run_dir.name, job, slurm_state, state, stage, step, loss, error)
+    error = status.error if status is not None and state == "failed" else ""
+    job = submitted.current if submitted else ""
+    word = submitted.word if submitted else ""
+    over = submitted is not None and bool(word) and not submitted.alive
+    if state == "running" and (over or is_gone(run_dir)):
+        state = "gone"  # it ended without a word: killed
+    if not error and submitted is not None and (over or not state) and state != "finished":
+        error = error_line(submitted.log)
+    return Row(run_dir.name, job, word, state, stage, step, loss, error)
 
 
 def last_step(run_dir: Path) -> tuple[str, str, str]:
@@ -100,4 +133,5 @@ def error_line(log: Path) -> str:
     slurm_lines = [
         line for line in lines if line.startswith(("slurmstepd: error:", "srun: error:"))
     ]
-    return (named or slurm_lines or [""])[-1][:200]
+    ours = [line for line in lines[-3:] if line.startswith("moe-ext: ")]  # of the job script
+    return (ours or named or slurm_lines or [""])[-1][:200]

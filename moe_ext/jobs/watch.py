@@ -8,14 +8,12 @@ import argparse
 import contextlib
 import json
 import math
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -24,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_ext.analysis.run_folder import METRICS_FILE
-from moe_ext.training.ownership import OWNER_FILE, Status, read_status
+from moe_ext.jobs.processes import is_gone
+from moe_ext.training.ownership import Status, read_status
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*%#"
@@ -97,15 +96,7 @@ class Watched:
         """The status's word; `waiting` before the first, `gone` when its process is not there any more."""
         if self.status is None:
             return "waiting"
-        return "gone" if self.status.state == "running" and self._is_gone() else self.status.state
-
-    def _is_gone(self) -> bool:
-        """Whether rank 0 ran on this host and has ended without saying so."""
-        try:
-            owner = json.loads((self.folder / OWNER_FILE).read_text())
-        except (OSError, ValueError):
-            return False
-        return owner["host"] == socket.gethostname() and not psutil.pid_exists(owner["pid"])
+        return "gone" if is_gone(self.folder) else self.status.state
 
     def silent_s(self) -> float:
         """Seconds since anything was written."""

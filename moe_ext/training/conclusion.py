@@ -34,6 +34,7 @@ def known_parts(run: Run) -> dict[str, Any]:
 
 def record(run: Run, **parts: Any) -> None:
     """Write parts of evaluation.json on rank 0, the kinds of `experts` side by side."""
+    run.check_owner()
     if run.topology.rank != 0:
         return
     if "experts" in parts:

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Publisher:
     Args:
         token: equal on all ranks of this start and on no other start's: an old copy of a run that
             still lives cannot get into this one's unfinished folder.
-        before_write: called on rank 0 before its thread removes or renames anything; an exception
+        owning: entered on rank 0 wherever its thread decides what to remove and renames; an exception
             there (the run's folder belongs to a newer start) publishes nothing.
         device: where the ranks' votes are added up.
     """
@@ -96,11 +97,11 @@ class Publisher:
         world_size: int = 1,
         *,
         token: str = "own",
-        before_write: Callable[[], None] | None = None,
+        owning: Callable[[], AbstractContextManager[object]] = nullcontext,
         device: torch.device | str = "cpu",
     ):
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self._token, self._before_write = token, before_write
+        self._token, self._owning = token, owning
         self._job: _Job | None = None
         self._thread: threading.Thread | None = None
         self._outcome: tuple[Any, str] = (None, "")
@@ -216,10 +217,12 @@ class Publisher:
     def _write(self, job: _Job) -> dict[str, Any]:
         """In the thread: this rank's files, and what the manifest has to say about them."""
         if self.rank == 0:
-            self._check_owner()
-            for stale in job.partial.parent.glob(".*.partial"):  # of a start that was killed
-                if stale != job.partial:
-                    shutil.rmtree(stale, ignore_errors=True)
+            with (
+                self._owning()
+            ):  # what is listed here is of a start that was killed, of no later one
+                left = [p for p in job.partial.parent.glob(".*.partial") if p != job.partial]
+            for stale in left:
+                shutil.rmtree(stale, ignore_errors=True)
         job.partial.mkdir(parents=True, exist_ok=True)
         return write_rank(job.partial, job.snapshot, self.rank)
 
@@ -229,23 +232,16 @@ class Publisher:
         manifest = build_manifest(job.snapshot, job.entries, self.world_size)
         write_file(job.partial / MANIFEST, [json.dumps(manifest).encode()])
         sync_folder(job.partial)
-        self._check_owner()
         replaced = job.final.with_name(job.final.name + ".replaced")  # as good, until the rename
-        if job.final.exists():  # the same step again, after a resume from an earlier one
-            remove_published(
-                replaced
-            )  # a start killed between the two renames and the removal left it
-            os.rename(job.final, replaced)
-        os.rename(job.partial, job.final)
-        sync_folder(job.final.parent)
-        remove_published(replaced)
-        if job.keep is not None:
-            for old in published(job.final.parent)[: -job.keep]:
-                remove_published(old)
-
-    def _check_owner(self) -> None:
-        if self._before_write is not None:
-            self._before_write()
+        with self._owning():
+            if job.final.exists():  # the same step again, after a resume from an earlier one
+                remove_published(replaced)  # of a start killed between the renames and its removal
+                os.rename(job.final, replaced)
+            os.rename(job.partial, job.final)
+            sync_folder(job.final.parent)
+            old = published(job.final.parent)[: -job.keep] if job.keep is not None else []
+        for folder in (replaced, *old):
+            remove_published(folder)
 
     # ---- the copy --------------------------------------------------------------------------
 
@@ -288,10 +284,10 @@ def publish(
     rank: int = 0,
     world_size: int = 1,
     keep: int | None = None,
-    before_write: Callable[[], None] | None = None,
+    owning: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Path:
     """`folder/name`, published by all ranks together and waited for. A collective; see `Publisher`."""
-    publisher = Publisher(rank, world_size, before_write=before_write)
+    publisher = Publisher(rank, world_size, owning=owning)
     publisher.start(folder, name, snapshot, keep=keep, copy=False)
     publisher.wait()
     return folder / name

@@ -66,7 +66,7 @@ class Run:
             t.rank,
             t.world_size,
             token=self.claim.token,
-            before_write=self.claim.check,
+            owning=self.claim.held,
             device=t.device,
         )
 
@@ -103,12 +103,23 @@ class Run:
         self.publisher.wait()
         self.publisher.release()
 
+    def check_owner(self) -> None:
+        """Before rank 0 writes into the run's folder.
+
+        Raises:
+            StaleRunError: on rank 0, when a newer start has the folder.
+        """
+        if self.topology.rank == 0:
+            self.claim.check()
+
     def leave_if_asked(self) -> None:
         """Between pieces of work that are not training steps. A collective.
 
         Raises:
             StopRequested: some rank was asked to stop, on all ranks.
+            StaleRunError: on rank 0, when a newer start has the folder.
         """
+        self.check_owner()
         if self.stop.agreed(device=str(self.topology.device)):
             self.publisher.wait()
             raise StopRequested
@@ -212,4 +223,4 @@ def peak_memory(topology: Topology) -> list[int]:
 
 def status(run: Run, state: str, stage: str = "", step: int = 0, error: str = "") -> None:
     if run.topology.rank == 0:
-        run.claim.write_status(state, stage, step, error)
+        run.claim.write_status(state, stage, step, error, requeue=not run.stop.for_good)

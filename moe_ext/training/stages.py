@@ -269,6 +269,7 @@ def choice_balancer(
 
 def remove_checkpoints(run: Run, name: str) -> None:
     """Of a stage whose result is published."""
+    run.check_owner()
     if run.topology.rank == 0:
         shutil.rmtree(run.stage_folder(name) / "checkpoints", ignore_errors=True)
 

@@ -72,6 +72,7 @@ def write_probe(run: Run, before: Measured, after: Measured, samples: int) -> No
         named=extension.sources,
         ranks=run.ranks,
     )
+    run.check_owner()
     if run.topology.rank == 0:
         inputs = {str(layer): mean for layer, mean in before.mean_input.items()}
         save_file(inputs, run.folder / PROBE_INPUTS)

@@ -1,7 +1,7 @@
 """What a run shows and records, on rank 0: progress, console, one JSONL of truth, alerts, and views of it.
 
-Nothing here may stop or hang a run. The JSONL is the record; W&B and TensorBoard (`views.py`) are made
-from it.
+Nothing here may stop or hang a run but a copy of it whose folder a newer start has. The JSONL is the
+record; W&B and TensorBoard (`views.py`) are made from it.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from typing import Any
 from moe_ext.analysis.run_folder import METRICS_FILE, load_run
 from moe_ext.config import TrackingConfig
 from moe_ext.training.alerts import Alert, Alerts, Watchdog
+from moe_ext.training.ownership import StaleRunError
 from moe_ext.training.views import TensorBoard, Wandb
 
 NO_VALUES = ("event", "stage", "step", "global_step")
@@ -147,6 +148,8 @@ class Tracker:
         config: the resolved configuration as plain values, for W&B.
         settings: which views there are, and what is worth an alert; None: no view.
         group: joins the runs of a sweep in W&B.
+        owned: called before every record; what it raises (the folder belongs to a newer start) ends
+            the run, and nothing is written.
     """
 
     def __init__(
@@ -157,6 +160,7 @@ class Tracker:
         *,
         rank: int = 0,
         group: str = "",
+        owned: Callable[[], None] = lambda: None,
     ):
         settings = settings or TrackingConfig(wandb=False)
         self.active, self.bars = rank == 0, settings.progress
@@ -165,7 +169,7 @@ class Tracker:
         self._alerts, self._alert_settings = Alerts(settings.alerts), settings.alerts
         self._watchdog: Watchdog | None = None
         self._stage = ""
-        self._run_dir = run_dir
+        self._run_dir, self._owned = run_dir, owned
         if not self.active:
             return
         self._lines = JsonLines(run_dir / METRICS_FILE, self.say)
@@ -235,7 +239,8 @@ class Tracker:
                 f"[{self._stage}] no step for {silent_s:.0f} s: a loader, a rank or the network hangs; "
                 f"tracking.alerts.stalled_s={limit_s:g}"
             )
-            self.alert(Alert("stalled", text))
+            with contextlib.suppress(StaleRunError):  # this is the watchdog's thread
+                self.alert(Alert("stalled", text))
 
         self._watchdog = Watchdog(limit_s, stalled)
         try:
@@ -255,7 +260,7 @@ class Tracker:
         """One training step: `stage`, `step`, and numbers, nested by name."""
         if not self.active:
             return
-        self._lines.write({"event": "step", "global_step": global_step, **record})
+        self._write({"event": "step", "global_step": global_step, **record})
         for view in self._views:
             view.log(values_of(record), global_step)
         for alert in self._alerts.look(record):
@@ -271,12 +276,16 @@ class Tracker:
     def stage(self, record: dict[str, Any]) -> None:
         """One finished piece of work; see `analysis/run_folder.py`."""
         if self.active:
-            self._lines.write({"event": "stage", **record})
+            self._write({"event": "stage", **record})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Anything else worth keeping: a skipped step, a resume, a skipped sample."""
         if self.active:
-            self._lines.write({"event": kind, "time": time.time(), **fields})
+            self._write({"event": kind, "time": time.time(), **fields})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._owned()
+        self._lines.write(record)
 
     def evaluation(self, parts: dict[str, Any], extension: Path, metadata: dict[str, Any]) -> None:
         """The results of a run: its numbers, its gallery of images and captions, its extension."""

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from moe_ext.training.signals import STOPPED_EXIT_CODE
 from tests.infra.host_network import CONTROL, NEEDED, HostNetwork
 from tests.infra.machine import PATH, ROOT, launch_words, only_run, wait_until
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(240), *NEEDED]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(400), *NEEDED]
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +90,20 @@ def test_a_killed_node_process_is_no_success(hosts: HostNetwork, tmp_path: Path)
     assert "the run is not finished" in output
 
 
-def test_sigterm_publishes_and_the_run_goes_on_later(hosts: HostNetwork, tmp_path: Path) -> None:
+def test_one_of_two_runs_is_stopped_and_goes_on_and_the_other_is_cancelled(
+    hosts: HostNetwork, tmp_path: Path
+) -> None:
+    """Of one user, on the same hosts: deepspeed's own way to stop the one ends the other too."""
+    folders = [tmp_path / name for name in ("stopped", "other")]
+    for folder in folders:
+        folder.mkdir()
     words = ("chain=[align]", "stages.align.steps=60")
-    process = start(hosts, CONTROL, tmp_path, *words, TOY_STEP_S="0.1")
-    run_dir = wait_for_steps(tmp_path)
+    process = start(hosts, CONTROL, folders[0], *words, TOY_STEP_S="0.1")
+    other_words = ("chain=[align]", "stages.align.steps=5000", "launcher.master_port=29600")
+    other = start(hosts, CONTROL, folders[1], *other_words, TOY_STEP_S="0.1")
+    run_dir, other_dir = (wait_for_steps(folder) for folder in folders)
     launcher = next(
-        p for p in processes_with("moe_ext.launch") if str(tmp_path) in " ".join(p.cmdline())
+        p for p in processes_with("moe_ext.launch") if str(folders[0]) in " ".join(p.cmdline())
     )
     launcher.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
@@ -103,7 +112,26 @@ def test_sigterm_publishes_and_the_run_goes_on_later(hosts: HostNetwork, tmp_pat
     assert status is not None
     assert status.state == "stopped"
     wait_until(lambda: not rank_processes(run_dir), 30, "the ranks to leave")
-    process = start(hosts, CONTROL, tmp_path, *words, TOY_STEP_S="0.01")
+
+    assert len(rank_processes(other_dir)) == 2
+    seen_before = (other_dir / "metrics.jsonl").stat().st_size
+    wait_until(lambda: (other_dir / "metrics.jsonl").stat().st_size > seen_before, 30, "its steps")
+    cancelling = [sys.executable, "-m", "moe_ext.cli", "jobs", str(other_dir), "--cancel"]
+    done = subprocess.run(
+        hosts.inside(CONTROL, cancelling),
+        env=os.environ | {"PATH": PATH, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for host in hosts.names:  # deepspeed's process of the host, and the rank
+        assert f"{host}: {host}: ended 2 process(es)" in done.stdout
+    other.communicate(timeout=60)
+    assert other.returncode == 1
+    assert not node_processes(other_dir) + rank_processes(other_dir)
+    assert (read_status(other_dir) or status).state == "cancelled"
+
+    process = start(hosts, CONTROL, folders[0], *words, TOY_STEP_S="0.01")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()

@@ -142,6 +142,19 @@ class SlurmCluster:
             self.run("slurmd", "-N", f"node{i}")
         wait_until(self._all_idle, 30, f"{self.num_nodes} idle nodes, see {self.folder}")
 
+    def kill_daemon(self, node: str) -> None:
+        """SIGKILL to a node's slurmd; what it started lives on."""
+        for process in psutil.process_iter(["name", "cmdline"]):
+            is_it = process.info["name"] == "slurmd" and node in process.info["cmdline"]
+            if is_it and self._is_ours(process):
+                process.kill()
+                process.wait(5)
+
+    def start_daemon(self, node: str) -> None:
+        """The node comes back."""
+        self.run("slurmd", "-N", node)
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+
     def _all_idle(self) -> bool:
         words = ["sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D"]
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True)

@@ -13,11 +13,13 @@ import pytest
 from moe_ext import launch
 from moe_ext.compose import CONF_DIR, ConfigError, load
 from moe_ext.config_launcher import LauncherConfig
-from moe_ext.jobs import deepspeed_launcher, slurm
-from moe_ext.jobs.plan import checkpoint_bytes, largest_share
+from moe_ext.jobs import deepspeed_launcher, slurm, status
+from moe_ext.jobs.plan import describe, memory_of
+from moe_ext.jobs.processes import of_run
 from moe_ext.jobs.runs import plan_runs, run_id
 from moe_ext.jobs.status import collect, error_line
-from moe_ext.training.ownership import claim
+from moe_ext.plan import plan_of
+from moe_ext.training.ownership import claim, read_status
 from moe_ext.training.signals import STOPPED_EXIT_CODE
 from tests.infra.machine import wait_until
 
@@ -71,7 +73,23 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path: Path) 
             ["experiment=demo", "launcher=slurm", "launcher.time_limit=soon"],
             "launcher.time_limit='soon'",
         ),
-        (["experiment=demo", "+launcher.environment.WANDB_API_KEY=x"], "looks like a secret"),
+        (["experiment=demo", "+launcher.environment.WANDB_API_KEY=hush"], "looks like a secret"),
+        (
+            ["experiment=demo", "+launcher.environment.AWS_ACCESS_KEY_ID=hush"],
+            "looks like a secret",
+        ),
+        (
+            ["experiment=demo", "+launcher.environment.PROXY=http://me:hush@host"],
+            "launcher.environment.PROXY looks like a secret",
+        ),
+        (
+            ["experiment=demo", "launcher.setup=['export WANDB_API_KEY=hush']"],
+            "launcher.setup[0] looks like a secret",
+        ),
+        (
+            ["experiment=demo", "base=folder", "base.path=nowhere"],
+            "base.path=nowhere holds no config",
+        ),
         (
             ["experiment=demo", "launcher=hostfile", "launcher.hostfile=none.txt"],
             "none.txt: No such file",
@@ -85,6 +103,7 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert launch.main(overrides) == 2
     error = capsys.readouterr().err
     assert message in error
+    assert "hush" not in error
     assert len(error.strip().splitlines()) == 1
 
 
@@ -135,6 +154,68 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(
     assert "ranks    8 on 2 node(s): 8 expert parallel x 1 data parallel" in lines
     assert not [line for line in lines if "@" in line and "USR2@120" not in line]
     assert list(tmp_path.iterdir()) == []
+
+
+DRY = ["experiment=demo", "parallel.ep_size=8", "+launcher.environment.A=b", "seed=0,1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shown"),
+    [
+        (["launcher.ranks_per_node=8"], "deepspeed --num_accelerators 8 --master_port "),
+        (
+            ["launcher=hostfile", "launcher.hostfile=hosts.txt"],
+            "deepspeed --hostfile {0}/hosts.txt --force_multi --master_port 29500 ",
+        ),
+        (
+            [
+                *("launcher=hostfile", "launcher.hostfile=hosts.txt", "launcher.ssh=false"),
+                *("launcher.node_rank=1", "launcher.master_addr=node1"),
+            ],
+            "--no_ssh --node_rank 1 --master_addr node1 --master_port 29500 ",
+        ),
+        (["launcher=slurm", "launcher.gpus_per_node=8"], "#SBATCH --gpus-per-node=8"),
+    ],
+    ids=["local", "hostfile", "without ssh", "slurm"],
+)
+def test_a_dry_run_of_a_sweep_has_everything_that_would_run(
+    overrides: list[str],
+    shown: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts.txt").write_text("node1 slots=4\nnode2 slots=4\n")
+    url = "https://me:hush@host/a.json?sig_token=hush"
+    words = [*DRY, *overrides, "data=shards", f"data.streams.train.manifest='{url}'"]
+    assert launch.main(["--dry-run", *words]) == 0
+    text = capsys.readouterr().out
+    runs = plan_runs(CONF_DIR, words, tmp_path)
+    assert len(runs) == 2
+    for run in runs:  # each with its id, its folder, and the file that its ranks read
+        assert f"run      {run.run_id} -> {run.run_dir}" in text
+        assert run.run_id == f"demo-{run.run_id.partition('-')[2]}"
+        assert str(run.resolved) in text
+    assert text.count("tune: 220 steps of 64 sequences") == 2
+    memory = memory_of(runs[0].config, 8).total / 2**30
+    assert text.count(f"memory   {memory:.2f} GiB of tensors a rank at most") == 2
+    assert text.count("data     train: https://***@host/a.json") == 2
+    assert shown.format(tmp_path) in text
+    assert "A=b" in text
+    assert "MOE_EXT_GROUP=demo-sweep-" in text
+    assert "hush" not in text
+    assert [p.name for p in tmp_path.iterdir()] == ["hosts.txt"]
+    if "hostfile" in str(overrides):
+        assert "hosts    node1 slots=4 node2 slots=4" in text
+
+
+def test_the_plan_counts_shards_a_rank(tmp_path: Path) -> None:
+    manifest = tmp_path / "shard.json"
+    manifest.write_text(json.dumps({"shards": [{}] * 10}))
+    words = ["experiment=demo", "data=shards", f"data.streams.train.manifest={manifest}"]
+    (run,) = plan_runs(CONF_DIR, words, tmp_path)
+    assert "data     train: 10 shards, 2.5 a rank" in describe(run, 4, 1).splitlines()
 
 
 def test_the_script_is_valid_bash(tmp_path: Path) -> None:
@@ -203,19 +284,19 @@ def test_jobs_shows_where_runs_stand(tmp_path: Path) -> None:
     assert "RuntimeError" in error_line(log)
 
 
-def test_the_plan_counts_a_checkpoints_bytes_from_its_headers(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    tensors = {"model.embed_tokens.weight": torch.zeros(10, 4)}
-    for layer in range(2):
-        for expert in range(3):
-            tensors[f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"] = torch.zeros(8, 4)
-        tensors[f"model.layers.{layer}.mlp.shared_experts.up_proj.weight"] = torch.zeros(8, 4)
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert checkpoint_bytes(tmp_path) == ((40 + 64) * 4, 6 * 32 * 4, 3)
-    settings = load(CONF_DIR, ["experiment=demo"]).parallel
-    assert largest_share(3, 2, settings.frozen_placement) == pytest.approx(2 / 3)
-    assert largest_share(0, 2, settings.frozen_placement) == 1.0
+def test_the_plan_has_the_planners_memory_of_the_configured_placement() -> None:
+    """Halving the experts a rank halves their bytes; the rest of a rank's base is what it was."""
+    one = memory_of(load(CONF_DIR, ["experiment=demo"]), 2)
+    two = memory_of(load(CONF_DIR, ["experiment=demo", "parallel.ep_size=2"]), 2)
+    assert (two.frozen, two.rest) == (one.frozen // 2, one.rest)
+    words = ["experiment=demo", "parallel.ep_size=2", "parallel.frozen_placement=replicate"]
+    assert memory_of(load(CONF_DIR, words), 2) == one
+    sharded = [*words, "extension.placement=shard"]
+    # a sharded expert's state lies on its own rank alone
+    assert memory_of(load(CONF_DIR, sharded), 2).optimizer > one.optimizer
+    base = load(CONF_DIR, ["experiment=demo"])
+    plan = plan_of(base, exact=True)  # for the default cluster, which has two ranks
+    assert one in [c.memory for c in plan.candidates if c.placed.ep_size == 1]
 
 
 def test_the_local_launcher_stops_on_request_and_goes_on(tmp_path: Path) -> None:
@@ -241,6 +322,51 @@ def test_the_local_launcher_stops_on_request_and_goes_on(tmp_path: Path) -> None
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(
         range(1, 41)
     )
+
+
+def test_a_run_is_stopped_cancelled_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        *(sys.executable, "-m", "moe_ext.launch", "experiment=demo", "launcher.ranks_per_node=2"),
+        *("parallel.ep_size=2", "chain=[align]", "stages.align.steps=5000"),
+        *("launcher.module=tests.infra.toy_run", "+launcher.environment.TOY_STEP_S='0.1'"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def begin() -> subprocess.Popen:
+        return subprocess.Popen(
+            words, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    first = begin()
+    wait_until(lambda: bool(list(tmp_path.glob("runs/*/metrics.jsonl"))), 400, "the first step")
+    (run_dir,) = tmp_path.glob("runs/*")
+    second = begin()  # two starts would take the folder from each other
+    _, said = second.communicate(timeout=120)
+    assert second.returncode == 2
+    assert f"process {first.pid} here has it under way" in said
+    assert status.main([str(run_dir), "--stop"]) == 0
+    assert first.wait(120) == STOPPED_EXIT_CODE
+    stopped = read_status(run_dir)
+    assert stopped is not None
+    assert (stopped.state, stopped.requeue) == ("stopped", False)
+    assert not (run_dir / "stop").exists()
+    assert not of_run(run_dir / "launch" / "resolved.yaml")
+    assert status.main([str(run_dir), "--stop"]) == 1  # there is nothing left to stop
+    assert "is not running" in capsys.readouterr().out
+
+    third = begin()
+    wait_until(lambda: steps_of(run_dir) > stopped.step + 2, 100, "more steps")
+    assert status.main([str(run_dir), "--cancel"]) == 0
+    assert third.wait(60) == 1
+    assert not of_run(run_dir / "launch" / "resolved.yaml")
+    assert [row.state for row in collect(tmp_path)] == ["cancelled"]
+
+
+def steps_of(run_dir: Path) -> int:
+    """The last step that was recorded."""
+    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
 
 
 def test_defaults_are_accepted() -> None:

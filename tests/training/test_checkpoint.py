@@ -217,7 +217,7 @@ def test_a_refused_rename_publishes_nothing(tmp_path):
         raise RuntimeError("a newer start owns the folder")
 
     with pytest.raises(CheckpointError, match="newer start"):
-        publish(tmp_path, "step-1", _snapshot(), before_write=refuse)
+        publish(tmp_path, "step-1", _snapshot(), owning=refuse)
     assert published(tmp_path) == []
 
 

@@ -129,7 +129,7 @@ def test_a_copy_that_lost_the_folder_touches_nothing(tmp_path):
         raise RuntimeError("belongs to a newer start")
 
     with pytest.raises(CheckpointError, match="newer start"):
-        publish(tmp_path, "step-4", _snapshot(torch.ones(1)), before_write=refuse)
+        publish(tmp_path, "step-4", _snapshot(torch.ones(1)), owning=refuse)
     assert theirs.is_dir()
 
 
