@@ -78,12 +78,14 @@ def test_a_task_of_an_array_is_stopped_alone_and_goes_on_when_launched_again(
 def test_a_job_is_submitted_once_and_cancelled_stays_away(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    words = ("stages.align.steps=500", "chain=[align]")
+    words = ("stages.align.steps=500", "chain=[align]", "launcher.cpus_per_rank=2")
     (job,) = launch(cluster, tmp_path, *words, TOY_STEP_S="0.1")
     run_dir = only_run(tmp_path)
     with pytest.raises(AssertionError, match=rf"it is Slurm's job {job} \("):
         launch(cluster, tmp_path, *words, TOY_STEP_S="0.1")
     stepping(run_dir)
+    # Two ranks of two: since 22.05 srun takes no number of processors from the job by itself.
+    assert " CPUs=4 " in cluster.run("scontrol", "show", "step", f"{job}.0")
     assert status.main([str(run_dir), "--cancel"]) == 0
     # Its ranks and its script hear SIGTERM and have time to publish; a requeue then would revive it.
     assert cluster.wait(job) == {job: "CANCELLED"}
