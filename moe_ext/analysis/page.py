@@ -10,7 +10,7 @@ STYLE = """
 :root { color-scheme: light dark;
   --page:#f6f7fb; --panel:#ffffff; --ink:#151a2d; --soft:#5b6480; --line:#e3e6f0; --track:#eef0f7;
   --frozen:#3a6ff0; --new:#f07a1c; --good:#12915a; --bad:#d2344c; --good-bg:#e3f6ec; --bad-bg:#fdebee;
-  --shadow:0 1px 2px rgba(20,26,50,.05),0 6px 24px rgba(20,26,50,.06); }
+  --shadow:0 1px 3px rgba(20,26,50,.07); }
 @media (prefers-color-scheme: dark) { :root {
   --page:#0d1120; --panel:#151b2e; --ink:#eaeefb; --soft:#97a1bf; --line:#262e47; --track:#1e2540;
   --frozen:#6f9bff; --new:#ff9a4a; --good:#4bd493; --bad:#ff7c8d; --good-bg:#12352a; --bad-bg:#3f1b26;

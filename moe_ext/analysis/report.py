@@ -50,15 +50,18 @@ def _header(run: Run, summary: dict[str, Any]) -> str:
         )
     return (
         f'<header><div class="kicker">moe_ext &nbsp;/&nbsp; <b>{escape(run.name)}</b></div>'
-        f"<h1>{_headline(extension)}</h1>"
+        f"<h1>{_headline(extension, summary)}</h1>"
         f'<p class="lead">{facts}</p>{page.grid("cards", _cards(run, summary))}</header>'
     )
 
 
-def _headline(extension: str) -> str:
-    if extension == "vision":
-        return "A pretrained mixture of experts learned to see"
-    return f"A pretrained mixture of experts learned “{escape(extension)}”"
+def _headline(extension: str, summary: dict[str, Any]) -> str:
+    """That it learned is said where held-out retrieval is two standard errors above chance."""
+    held = summary.get("heldout")
+    gain = held["retrieval_at_1"] - 1 / held["candidates"] if held else 0.0
+    verb = "learned" if held and gain > 2 * held["retrieval_at_1_error"] else "learns"
+    what = "to see" if extension == "vision" else f"“{escape(extension)}”"
+    return f"A pretrained mixture of experts {verb} {what}"
 
 
 def _cards(run: Run, summary: dict[str, Any]) -> list[str]:
@@ -130,7 +133,7 @@ def _captions(run: Run, summary: dict[str, Any]) -> str:
             )
             tones.append("quiet")
         count = flat["candidates"]
-        rows.append(["&emsp;chance", percent(1 / count), percent(5 / count)])
+        rows.append(["&emsp;chance", *(percent(min(1.0, k / count)) for k in (1, 5))])
         tones.append("quiet")
     matrix = run.evaluation[splits[0]].get("score_IC")
     figures = [page.stack(_caption_figures(run, summary, splits))]
@@ -166,7 +169,7 @@ def _caption_figures(run: Run, summary: dict[str, Any], splits: list[str]) -> li
             bars.append(charts.Bar(short, flat[f"retrieval_at_{k}"], error, NEW))
             if f"nearest_neighbour_at_{k}" in flat:
                 bars.append(charts.Bar("look-up", flat[f"nearest_neighbour_at_{k}"], 0, QUIET))
-            bars.append(charts.Bar("chance", k / flat["candidates"], 0, QUIET))
+            bars.append(charts.Bar("chance", min(1.0, k / flat["candidates"]), 0, QUIET))
         panels.append(page.panel(f"retrieval@{k}, image → caption", charts.row_chart(bars)))
     nats = []
     for split in splits:

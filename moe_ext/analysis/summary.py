@@ -137,11 +137,15 @@ def _captions_table(summary: dict[str, Any]) -> Table:
             for s in splits
         ]
         table.add_row(
-            f"retrieval@{k} of {count}, image -> caption", *cells, f"{100 * k / count:.1f} %"
+            f"retrieval@{k} of {count}, image -> caption",
+            *cells,
+            f"{100 * min(1.0, k / count):.1f} %",
         )
         cells = [f"{100 * summary[s][f'caption_to_image_at_{k}']:.1f} %" for s in splits]
         table.add_row(
-            f"retrieval@{k} of {count}, caption -> image", *cells, f"{100 * k / count:.1f} %"
+            f"retrieval@{k} of {count}, caption -> image",
+            *cells,
+            f"{100 * min(1.0, k / count):.1f} %",
         )
     if all("nearest_neighbour_at_1" in summary[s] for s in splits):
         cells = [f"{100 * summary[s]['nearest_neighbour_at_1']:.1f} %" for s in splits]

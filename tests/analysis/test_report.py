@@ -111,6 +111,16 @@ def test_changed_text_is_said_loudly(tmp_path):
     assert json.loads((folder / "summary.json").read_text())["text"]["unchanged"] is False
 
 
+def test_learned_is_said_only_of_what_chance_does_not_give(tmp_path):
+    folder = write_run(tmp_path / "run")
+    held = json.loads((folder / "evaluation.json").read_text())["heldout"]
+    for at_1, verb in ((held["image_to_caption"]["at_1"], "learned"), (2 / 60, "learns")):
+        scores = held["image_to_caption"] | {"at_1": at_1, "at_1_error": 0.02}
+        record_evaluation(folder, heldout=held | {"image_to_caption": scores})
+        html = write_report(folder).read_text(encoding="utf-8")
+        assert f"A pretrained mixture of experts {verb} to see" in html
+
+
 def test_unfinished_run_has_a_report(tmp_path):
     write_json(tmp_path / "config.json", {"name": "young"})
     lines = [
