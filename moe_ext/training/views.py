@@ -141,7 +141,8 @@ class Wandb:
             import wandb
 
             artifact = wandb.Artifact(f"{self._dir.name}-extension", "extension", metadata=metadata)
-            artifact.add_dir(str(folder), policy="immutable")  # no second copy in the home folder
+            # Its place as `wandb sync` finds it from any folder; no second copy in the home folder.
+            artifact.add_dir(str(folder.absolute()), policy="immutable")
             run.log_artifact(artifact)
 
         self._guard(send)

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 
@@ -28,6 +29,9 @@ class WandbServer:
         self.streams: dict[str, list[dict[str, Any]]] = {}
         """Run id -> bodies posted to its file stream."""
         self.uploads: dict[str, bytes] = {}
+        """Path -> content of what was put there; an artifact's files lie below its id."""
+        self.artifacts: list[dict[str, Any]] = []
+        """What was said of each artifact at its creation, with its `id` and whether it is `committed`."""
         self.last_step: dict[str, int] = {}
         self.posts = 0
 
@@ -49,6 +53,11 @@ class WandbServer:
     def variables(self, name: str) -> list[dict[str, Any]]:
         """The variables of every request of that name."""
         return [variables for operation, variables in self.operations if operation == name]
+
+    def files_of(self, artifact: dict[str, Any]) -> dict[str, bytes]:
+        """Name -> content of an artifact's files."""
+        folder = f"/{artifact['id']}/"
+        return {p.removeprefix(folder): c for p, c in self.uploads.items() if p.startswith(folder)}
 
     def history(self, run: str) -> list[dict[str, Any]]:
         """The history as the server would hold it: each post's lines at their offset."""
@@ -153,17 +162,62 @@ class _Handler(BaseHTTPRequestHandler):
         upload = {"id": "VXA=", "uploadHeaders": [], "runID": "UnVuOjE=", "files": []}
         for file in variables.get("files") or []:
             upload["files"].append({"name": file, "uploadUrl": f"{self.server_state.url}/{file}"})
-        answers: dict[str, dict[str, Any]] = {
-            "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
-            "Viewer": {"viewer": viewer},
-            "RunResumeStatus": {"model": owner | {"bucket": self._resume(run)}},
-            "CreateRunFiles": {"createRunFiles": upload},
-            "NotifyScriptableRunAlert": {"notifyScriptableRunAlert": {"success": True}},
-            "ServerInfo": {
+        answers: dict[str, Callable[[], dict[str, Any]]] = {
+            "UpsertBucket": lambda: {"upsertBucket": {"bucket": bucket, "inserted": True}},
+            "Viewer": lambda: {"viewer": viewer},
+            "RunResumeStatus": lambda: {"model": owner | {"bucket": self._resume(run)}},
+            "CreateRunFiles": lambda: {"createRunFiles": upload},
+            "NotifyScriptableRunAlert": lambda: {"notifyScriptableRunAlert": {"success": True}},
+            "CreateArtifact": lambda: {"createArtifact": {"artifact": self._artifact(variables)}},
+            "ClientIDMapping": lambda: {"clientIDMapping": {"serverID": self._id_of(variables)}},
+            "CreateArtifactManifest": lambda: {
+                "createArtifactManifest": {"artifactManifest": self._manifest(variables)}
+            },
+            "UpdateArtifactManifest": lambda: {
+                "updateArtifactManifest": {"artifactManifest": self._manifest(variables)}
+            },
+            "CreateArtifactFiles": lambda: {
+                "createArtifactFiles": {"files": {"edges": self._places(variables)}}
+            },
+            "CommitArtifact": lambda: {"commitArtifact": {"artifact": self._commit(variables)}},
+            "ServerInfo": lambda: {
                 "serverInfo": {"cliVersionInfo": {}, "latestLocalVersionInfo": None},
             },
         }
-        return answers.get(name, {})
+        return answers[name]() if name in answers else {}
+
+    # ---- artifacts ---------------------------------------------------------------------------
+
+    def _artifact(self, given: dict[str, Any]) -> dict[str, Any]:
+        artifacts = self.server_state.artifacts
+        artifacts.append(given["input"] | {"id": f"artifact-{len(artifacts)}", "committed": False})
+        sequence = {"id": f"sequence-{len(artifacts)}", "latestArtifact": None}
+        return {"id": artifacts[-1]["id"], "state": "PENDING", "artifactSequence": sequence}
+
+    def _id_of(self, given: dict[str, Any]) -> str | None:
+        found = [a["id"] for a in self.server_state.artifacts if a["clientID"] == given["clientID"]]
+        return found[0] if found else None
+
+    def _manifest(self, given: dict[str, Any]) -> dict[str, Any]:
+        manifest = given.get("artifactManifestID") or f"manifest-{given['artifactID']}"
+        url = f"{self.server_state.url}/manifests/{manifest}"
+        return {"id": manifest, "file": {"id": manifest, "uploadUrl": url, "uploadHeaders": []}}
+
+    def _places(self, given: dict[str, Any]) -> list[dict[str, Any]]:
+        nodes = []
+        for file in given["input"]["artifactFiles"]:
+            path = f"{file['artifactID']}/{file['name']}"
+            url = f"{self.server_state.url}/{path}"
+            node = {"storagePath": path, "uploadUrl": url, "uploadHeaders": []}
+            nodes.append(
+                node | {"uploadMultipartUrls": None, "artifact": {"id": file["artifactID"]}}
+            )
+        return [{"node": node} for node in nodes]
+
+    def _commit(self, given: dict[str, Any]) -> dict[str, Any]:
+        (artifact,) = (a for a in self.server_state.artifacts if a["id"] == given["artifactID"])
+        artifact["committed"] = True
+        return {"id": artifact["id"], "digest": artifact["digest"]}
 
     def _resume(self, run: str) -> dict[str, Any] | None:
         """What the server says of a run that it has: null for one it has not."""
