@@ -72,6 +72,10 @@ def check_beside(config: TrainConfig) -> None:
 
     A base that is to be upcycled is compared when it is there.
     """
+    if unknown := sorted(config.beside_bias.keys() - config.beside.keys()):
+        raise ValueError(
+            f"beside_bias.{unknown[0]} has no extension to go with; name its folder as beside.{unknown[0]}"
+        )
     finished = read_beside(config)
     taken = {config.extension.name: "extension.name"}
     brings: dict[str, str] = {}

@@ -15,7 +15,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "upcycle": ("moe_ext.upcycle", "make a mixture-of-experts base out of a dense model"),
     "plan": ("moe_ext.plan", "memory, traffic and step time of every placement on a cluster"),
     "launch": ("moe_ext.launch", "start a run or a sweep: this machine, a hostfile, Slurm"),
-    "jobs": ("moe_ext.jobs.status", "how runs stand: state, last step, loss, error line; or their end"),
+    "jobs": (
+        "moe_ext.jobs.status",
+        "how runs stand: state, last step, loss, error line; or their end",
+    ),
     "watch": ("moe_ext.jobs.watch", "how one run goes, live in the terminal, from its files"),
     "dashboard": ("moe_ext.jobs.dashboard", "the W&B workspace of the project as code"),
     "evaluate": ("moe_ext.evaluate", "measure a finished run's model again"),

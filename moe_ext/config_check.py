@@ -44,10 +44,6 @@ def check(config: TrainConfig) -> None:
     for modality, encoder in config.encoder.items():
         _check_encoder(modality, encoder)
     _check_extension(config)
-    if unknown := sorted(config.beside_bias.keys() - config.beside.keys()):
-        raise ValueError(
-            f"beside_bias.{unknown[0]} has no extension to go with; name its folder as beside.{unknown[0]}"
-        )
     _check_data(config)
     _check_optim_and_parallel(config)
     check_launcher(config.launcher)

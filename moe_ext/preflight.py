@@ -19,5 +19,5 @@ def check_files(config: TrainConfig) -> None:
         check_installed()
     if config.base.path:
         check_fits(config, base_config(config.base.path))
-    if config.beside:
+    if config.beside or config.beside_bias:
         check_beside(config)
