@@ -50,6 +50,7 @@ RUN_BY: dict[str, str] = {
     "moe-ext launch": (
         "tests/jobs/test_launch.py::test_the_local_launcher_stops_on_request_and_goes_on"
     ),
+    "moe-ext train .*beside": "tests/training/test_beside.py::test_every_run_ends_as_it_should",
     "moe-ext jobs": "tests/jobs/test_launch.py::test_jobs_shows_where_runs_stand",
     "moe-ext watch .*--once": (
         "tests/training/test_run_tracking.py::test_a_finished_run_can_be_watched"
