@@ -31,12 +31,14 @@ from moe_ext.training.audit_checks import (
     optimizer_errors,
     placement_errors,
     reached_kinds,
+    restored_errors,
     same_samples,
     sharded_tensors,
     stale_weights,
     unequal_replicas,
     what_trains,
 )
+from moe_ext.training.checkpoint import Published
 from moe_ext.training.engine import Engine
 from moe_ext.training.first_step import FirstStep
 from moe_ext.training.parts import FrozenWatch, Part, bit_sum, statics_of
@@ -54,6 +56,7 @@ class Audit:
         extension: whose parts; other extensions in the model stay as they are.
         parts: the parameters that were chosen for it.
         watch: made before the engine, which must not have touched what is frozen.
+        source: the checkpoint that the stage starts from or goes on from, if any.
 
     Raises:
         AuditError: on all ranks, whichever found something; any method may.
@@ -68,6 +71,7 @@ class Audit:
         parts: list[Part],
         engine: Engine,
         watch: FrozenWatch,
+        source: Published | None = None,
     ):
         self.stage, self.train, self.model, self.parts = stage, train, model, parts
         self.extension = extension
@@ -88,6 +92,7 @@ class Audit:
                 *optimizer_errors(model, engine),
                 *placement_errors(model, self.topology),
                 *base_errors(model),
+                *restored_errors(parts, source),
                 *unequal_replicas(self._by_holder(frozen, dict(watch.tensors)), self.topology),
                 *self._moving_errors(),
             ],

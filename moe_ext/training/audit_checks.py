@@ -18,6 +18,7 @@ from moe_ext.model.load import BaseExperts, stored_router, views_of
 from moe_ext.model.lora import LoraBank
 from moe_ext.model.multimodal import MultimodalMoE, Output
 from moe_ext.model.row_plan import NO_EXPERT
+from moe_ext.training.checkpoint import Published
 from moe_ext.training.engine import Engine
 from moe_ext.training.parts import Part
 from moe_ext.training.resume import pieces_of
@@ -32,6 +33,9 @@ KIND_OF_PATH = (
     (r"\.new\.", Trainable.new_experts),
 )
 """Path of a parameter in the model -> the kind of part it is; any other is the base's."""
+
+COMPARED = 4096
+"""Numbers at a tensor's end that are compared with its checkpoint's."""
 
 STEPS_UNTIL_ALL_MOVE = 3
 LATE = re.compile(r"(_a|\.w2|\.hidden_weight|\.hidden_bias)$")
@@ -191,6 +195,25 @@ def base_errors(model: MultimodalMoE) -> list[str]:
                         view[-1], getattr(stored, part)[-1].to(view.device, view.dtype)
                     )
                 ]
+    return found
+
+
+def restored_errors(parts: list[Part], source: Published | None) -> list[str]:
+    """What trains starts as the checkpoint has it under its name: some numbers of every tensor held here."""
+    found = []
+    for part in parts if source is not None else ():
+        flat = part.parameter.detach().reshape(-1)
+        for logical in part.logical():
+            if logical.name not in source.tensors:
+                continue
+            stored = torch.empty(min(logical.numel, COMPARED))
+            end = logical.offset + logical.numel
+            here = flat[end - len(stored) : end]
+            source.fill(logical.name, logical.numel - len(stored), stored)
+            if not torch.equal(here, stored.to(here.device, here.dtype)):
+                found.append(
+                    f"{logical.name} is not what the checkpoint {source.folder.name} has for it"
+                )
     return found
 
 

@@ -120,7 +120,7 @@ def run_stage(
     if source is not None and stage.kind is not StageKind.probe:
         resume.restore_masters(engine, chosen, source, moments=False)
     finished, position = train_stage(
-        run, index, name, stage, model, chosen, engine, watch, interrupted
+        run, index, name, stage, model, chosen, engine, watch, source, interrupted
     )
     if not finished:
         status(run, "stopped", name, position.step)
@@ -197,6 +197,7 @@ def train_stage(
     chosen: list[Part],
     engine: Engine,
     watch: FrozenWatch,
+    source: Published | None,
     interrupted: Published | None,
 ) -> tuple[bool, Position]:
     """The loop, with what it resumes from and what it publishes. (finished?, where it stands)"""
@@ -214,7 +215,8 @@ def train_stage(
     )
     saver = Saver(run, name, model, chosen, engine, loader)
     position = saver.resume(interrupted) if interrupted is not None else Position()
-    audit = Audit(name, stage.train, config.extension.name, model, chosen, engine, watch)
+    extension, origin = config.extension.name, interrupted or source
+    audit = Audit(name, stage.train, extension, model, chosen, engine, watch, origin)
     saver.check = audit.checkpoint
     run.tracker.say(f"[{name}] {audit.summary}")
     run.tracker.enter(name)

@@ -266,6 +266,17 @@ def masters_are_restored_and_the_model_is_not():
     return _around(resume, "restore_masters", restored)
 
 
+def a_resharded_checkpoint_gives_experts_to_the_wrong_rank():
+    def restored(original, engine, *args, **kwargs):
+        original(engine, *args, **kwargs)
+        for name, piece in engine.fragments().items():
+            if name.endswith("experts.down"):  # equal on all ranks that hold it, and to its master
+                piece.weight.copy_(piece.weight.flip(0))
+        engine.publish_masters()
+
+    return _around(resume, "restore_masters", restored)
+
+
 def optimizer_steps_over_everything():
     return patch.object(torch.optim.AdamW, "step", lambda *_, **__: None)
 
@@ -406,6 +417,11 @@ PLANTS = {
         ),
         Plant(new_rows_are_not_synced, r"rows\.weight is not the same on ranks \[0\] and \[1\]"),
         Plant(masters_are_restored_and_the_model_is_not, r"is not what the optimizer has for it"),
+        Plant(
+            a_resharded_checkpoint_gives_experts_to_the_wrong_rank,
+            r"experts\.\d\.down is not what the checkpoint \S+ has for it",
+            SHARDED,
+        ),
         Plant(optimizer_steps_over_everything, r"\S+ received a gradient and did not move"),
         Plant(
             probe_leaves_its_difference_behind,
