@@ -11,6 +11,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+from tests.infra.documents import Checkout, lines_of, tiny_demo
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # tests/chaos forks this process, which must hold no process group of another test
@@ -20,3 +22,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture(scope="session")
+def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A checkout with a finished `runs/demo`, started as the pages say and watched by every view: two ranks,
+    a few steps, W&B offline in the group of a sweep, TensorBoard."""
+    checkout = tiny_demo(
+        tmp_path_factory.mktemp("demo"),
+        "tracking.wandb_project=project",
+        "tracking.tensorboard=true",
+        "tracking.alerts.window=2",
+        "tracking.alerts.loss_spike=1.0001",
+        "stages.tune.router_kl_coefficient=0.01",
+    )
+    (line,) = lines_of("finished_demo")
+    checkout.sh(line, MOE_EXT_GROUP="sweep-7", HOME=str(checkout.folder))
+    return checkout

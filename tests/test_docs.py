@@ -1,9 +1,10 @@
-"""Commands in the documents are real: each is run by a test or says why it cannot be, launches are
-composed and planned with exactly their words, files and options exist."""
+"""Commands in the documents are real: each is executed by a test or says why it cannot be
+(`tests/infra/documents.py`), launches are planned with exactly their words, files, options and messages exist."""
 
 import ast
 import re
 import shlex
+import sysconfig
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -14,101 +15,42 @@ from moe_ext import cli, launch
 from moe_ext.compose import CONF_DIR, expand, load, parser
 from moe_ext.config import ExtensionConfig
 from moe_ext.model.families import FAMILIES
-
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-# Beginning of a command -> the tests that run it (with smaller settings, the same path), or the reason
-# why none can here. The first that fits counts.
-RUN_BY: dict[str, str] = {
-    "make demo": ".ci/run: step demo-smoke make demo-smoke",
-    "make test": ".ci/run: step test make test",
-    "moe-ext launch .*launcher=slurm.*ch-run": (
-        "tests/docker/test_charliecloud.py::test_two_nodes_train_from_the_unpacked_image"
-    ),
-    "moe-ext launch --dry-run": "tests/test_docs.py::test_launches_can_be_planned",
-    "moe-ext launch .*launcher=slurm.*seed=": (
-        "tests/slurm/test_slurm_jobs.py::"
-        "test_an_array_requeues_exactly_the_stopped_task_and_shows_the_failed_one"
-    ),
-    "moe-ext launch .*launcher=slurm.*job_per_stage": (
-        "tests/slurm/test_slurm_jobs.py::test_a_job_a_stage_waits_for_the_stage_before"
-    ),
-    "moe-ext launch .*launcher=slurm": (
-        "tests/slurm/test_slurm_training.py::test_a_requeued_job_ends_with_the_same_losses"
-    ),
-    "moe-ext launch .*launcher=hostfile.*ssh=false": (
-        "tests/hosts/test_hostfile.py::test_without_ssh_every_host_starts_its_own_rank"
-    ),
-    "moe-ext launch .*launcher=hostfile": (
-        "tests/hosts/test_hostfile.py::test_pdsh_starts_a_rank_on_each_host_and_carries_our_variables"
-    ),
-    "moe-ext launch .*tracking=tensorboard": (
-        "tests/training/test_run_tracking.py::test_tensorboard_reads_the_same_values"
-    ),
-    "moe-ext launch": (
-        "tests/jobs/test_launch.py::test_the_local_launcher_stops_on_request_and_goes_on"
-    ),
-    "moe-ext train .*beside": "tests/training/test_beside.py::test_every_run_ends_as_it_should",
-    "moe-ext jobs": "tests/jobs/test_launch.py::test_jobs_shows_where_runs_stand",
-    "moe-ext watch .*--once": (
-        "tests/training/test_run_tracking.py::test_a_finished_run_can_be_watched"
-    ),
-    "python -m moe_ext.sweep": "tests/slurm/test_submitit.py::test_a_sweep_of_two_is_stopped_requeued_and_finished",
-    "moe-ext plan": "tests/planning/test_plan.py::test_the_command_prints_and_writes",
-    "moe-ext watch": (
-        "tests/jobs/test_watch.py::test_live_in_a_terminal_it_follows_the_run_to_its_end"
-    ),
-    "moe-ext dashboard .*--save": "not run: it needs W&B's own server and a team there",
-    "moe-ext dashboard": (
-        "tests/training/test_run_tracking.py::test_the_specification_of_the_dashboard_is_complete"
-    ),
-    "wandb sync": "tests/training/test_wandb.py::test_an_offline_run_is_synced_later_as_it_was",
-    "tensorboard": "not run: a server for a browser; its own reader reads the files in test_run_tracking.py",
-    "deepspeed": ".ci/run: step demo-smoke make demo-smoke",
-    "(torchrun|python -m moe_ext.train)": (
-        "tests/training/test_run_tracking.py::test_a_stage_is_a_run_and_all_are_one_group"
-    ),
-    "docker build": "tests/docker/test_images.py::test_an_image_holds_no_secret_and_no_test_tool",
-    "docker run .*--gpus": "not run: it needs a GPU and NVIDIA's container toolkit",
-    "docker run": (
-        "tests/docker/test_images.py::test_docker_stop_publishes_and_the_next_start_goes_on"
-    ),
-    "docker-compose": "tests/docker/test_images.py::test_two_containers_train_the_smoke_run_together",
-    "docker export": (
-        "tests/docker/test_charliecloud.py::test_two_nodes_train_from_the_unpacked_image"
-    ),
-}
-
-
-def commands() -> list[str]:
-    """Lines of the `sh` blocks, each once, in order."""
-    found: dict[str, None] = {}
-    for page in PAGES:
-        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
-            found |= dict.fromkeys(line for line in block.splitlines() if line and line[0] != "#")
-    return list(found)
+from tests.infra.documents import EXECUTED_BY, NOT_EXECUTED, PAGES, commands, entry_of, executed_by
+from tests.infra.machine import ROOT
 
 
 def starting(*words: str) -> list[str]:
     return [line for line in commands() if line.startswith(words)]
 
 
-def test_there_are_commands() -> None:
-    assert len(commands()) > 15
+def test_every_entry_has_its_commands() -> None:
+    assert len(commands()) > 25
+    assert {entry_of(line) for line in commands()} == set(EXECUTED_BY)
 
 
 @pytest.mark.parametrize("line", commands())
-def test_a_command_is_run_by_a_test_or_says_why_not(line: str) -> None:
-    known = [where for beginning, where in RUN_BY.items() if re.match(beginning, line)]
-    assert known, f"{line}: name the test that runs it in RUN_BY"
-    where = known[0]
-    if where.startswith("not run: "):
+def test_a_command_is_executed_by_a_test_or_says_why_not(line: str) -> None:
+    who = executed_by(line)
+    if who.startswith(NOT_EXECUTED):
         return
-    file, separator, name = where.partition("::" if "::" in where else ": ")
-    wanted = f"def {name}(" if separator == "::" else name
-    assert wanted in (ROOT / file).read_text(), where
+    file, separator, name = who.partition("::" if "::" in who else ": ")
+    source = (ROOT / file).read_text()
+    if separator == ": ":  # a step of .ci/run
+        assert name in source, who
+        return
+    assert f"def {name}(" in source, who
+    is_here = Path(file).name == Path(__file__).name
+    assert is_here or f'lines_of("{name}")' in source, f"{who} does not take its lines"
+
+
+def test_no_command_hides_outside_of_the_blocks() -> None:
+    """What could be pasted as it stands is in an `sh` block, or repeats one in a sentence."""
+    programs = "(?:moe-ext|deepspeed|torchrun|docker|docker-compose|wandb|python) "
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        assert re.findall(rf"^    {programs}.*", prose, re.M) == [], page.name
+        quoted = re.findall(rf"`({programs}[^`]*\b(?:runs/|experiment=)[^`]*)`", prose)
+        assert set(quoted) <= set(commands()), page.name
 
 
 @pytest.mark.parametrize("line", starting("moe-ext launch"))
@@ -197,30 +139,67 @@ def test_the_page_of_extensions_has_every_option() -> None:
         assert list((ROOT / "tests").rglob(name)), name
 
 
-# Messages of other programs, as the table has them; all others are ours and must be in the source.
-FOREIGN = (
-    "nvidia-*", "python3.11 has no", "address already", "deepspeed", "Timed out", "Connection closed",
-    "bus error", "no viable", "CUDA out of", "Gloo", "Permission denied", "Host key", "ModuleNotFound",
-    "ch-run", "make install", "sbatch refused",
-)  # fmt: skip
+# Messages of the table that are not ours -> (file of the environment, what it holds of the message), or
+# nothing where they come from outside of it: ssh, ch-run, the kernel, CUDA.
+MESSAGES_OF_OTHERS: dict[str, tuple[str, str] | None] = {
+    "address already in use": ("torch/lib/libtorch_cpu.so", "address already in use"),
+    "Timed out waiting ...ms for recv operation": (
+        "torch/lib/libtorch_cpu.so",
+        "ms for recv operation",
+    ),
+    "Connection closed by peer": ("torch/lib/libtorch_cpu.so", "Connection closed by peer"),
+    "Gloo connectFullMesh failed ... Connection refused": (
+        "torch/lib/libtorch_cpu.so",
+        "connectFullMesh failed",
+    ),
+    "bus error": ("torch/utils/data/_utils/signal_handling.py", "bus error"),
+    "no viable alternative at input": (
+        "antlr4/error/ErrorStrategy.py",
+        "no viable alternative at input",
+    ),
+    "ModuleNotFoundError: No module named 'mpi4py'": (
+        "deepspeed/comm/comm.py",
+        "from mpi4py import",
+    ),
+    "CUDA out of memory": None,
+    "Permission denied (publickey)": None,
+    "Host key verification failed": None,
+    "Permission denied: '/runs/...'": None,
+    "ch-run: error: can't mkdir: ...: Read-only file system": None,
+    "ch-run: error: $USER not set": None,
+    "nvidia-*": None,
+}
+COMMANDS_NAMED = {"make install", "deepspeed"}
+
+
+def messages() -> list[str]:
+    """What the table quotes in its first column: messages, without the commands that it names there."""
+    table = (ROOT / "docs" / "troubleshooting.md").read_text().split("|---|---|---|\n")[1]
+    rows = table.strip().splitlines()
+    assert all(row.count(" | ") == 2 for row in rows)
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    return [text for text in quoted if text not in COMMANDS_NAMED]
 
 
 def test_the_messages_of_the_troubleshooting_table_are_those_of_the_source() -> None:
-    source = (
-        "".join(
-            re.sub(r'"\s*\n\s*f?"', "", path.read_text())
-            for path in (ROOT / "moe_ext").rglob("*.py")
-        )
-        + (ROOT / "launchers" / "slurm.sbatch").read_text()
-    )
-    table = (ROOT / "docs" / "troubleshooting.md").read_text().split("|---|---|---|\n")[1]
-    checked = 0
-    for row in table.strip().splitlines():
-        assert row.count(" | ") == 2, row
-        for text in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
-            if text.startswith(FOREIGN):
-                continue
-            for piece in re.split(r"\.\.\.|\(rank 0.*", text):
-                assert piece.strip(" .:") in source, text
-            checked += 1
-    assert checked >= 12
+    files = [
+        *(ROOT / "moe_ext").rglob("*.py"),
+        ROOT / "launchers" / "slurm.sbatch",
+        ROOT / "Makefile",
+    ]
+    source = "".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in files)
+    source = source.replace("$(PYTHON)", "python3.11")
+    ours = [text for text in messages() if text not in MESSAGES_OF_OTHERS]
+    assert len(ours) >= 20
+    for text in ours:
+        for piece in re.split(r"\.\.\.|\(rank 0.*|: Invalid generic resource", text):
+            assert piece.strip(" .:") in source, text
+
+
+def test_the_messages_of_libraries_are_in_them() -> None:
+    assert set(MESSAGES_OF_OTHERS) <= set(messages())
+    for text, place in MESSAGES_OF_OTHERS.items():
+        if place is not None:
+            file, piece = place
+            content = (Path(sysconfig.get_path("purelib")) / file).read_bytes()
+            assert piece.encode() in content, text

@@ -1,12 +1,23 @@
-"""docs/data.md names tests and settings that exist."""
+"""docs/data.md names tests and settings that exist, and its examples and commands run as they stand."""
 
+import csv
 import dataclasses
+import json
 import re
+import shlex
+import shutil
+from glob import glob
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from moe_ext import cli
 from moe_ext.config import DataConfig, StreamConfig
+from moe_ext.data import Manifest
 from tests.data.fault_server import FaultServer
-from tests.data.inputs import make_pairs, to_pixels
+from tests.data.inputs import make_pairs, png, to_pixels
+from tests.infra.documents import lines_of
 
 HERE = Path(__file__).parent
 PAGE = (HERE.parent.parent / "docs" / "data.md").read_text()
@@ -36,6 +47,56 @@ def test_the_examples_run_as_they_stand(tmp_path, monkeypatch, tokenizer):
         names = {"manifest": server.url("ok", "shard.json")}
         exec(remote, names)
         assert len(list(names["stream"].epoch())) == 60
+
+
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Seven."}]
+
+
+def write_sources(folder):
+    """Twelve pictures in every form that the page's commands read."""
+    for name in ("images", "imagefolder", "img2dataset_files", "tars"):
+        (folder / name).mkdir()
+    names = [f"{i:02d}" for i in range(12)]
+    for i, name in enumerate(names):
+        for place in ("images", "imagefolder", "img2dataset_files"):
+            (folder / place / f"{name}.png").write_bytes(png(i))
+        (folder / "img2dataset_files" / f"{name}.txt").write_text(f"number {i}")
+        shutil.copy(folder / "images" / f"{name}.png", folder)
+    lines = [json.dumps({"file_name": f"{name}.png", "text": name}) for name in names]
+    (folder / "imagefolder" / "metadata.jsonl").write_text("\n".join(lines))
+    rows = [{"id": name, "image": f"{name}.png", "conversations": TURNS} for name in names]
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("file", "text"), *((f"{n}.png", n) for n in names)])
+    make_pairs(folder / "made", 12)
+    for tar in (folder / "made").glob("*.tar"):
+        shutil.move(tar, folder / "tars")
+
+
+@pytest.mark.parametrize("builtin", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_shards_are_made_as_the_page_says(builtin, tmp_path, monkeypatch, tokenizer, capsys):
+    """All lines in the page's order; the built-in set, thousands of drawings, apart."""
+    write_sources(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "models" / "base")
+    monkeypatch.chdir(tmp_path)
+    lines = lines_of("test_shards_are_made_as_the_page_says")
+    for line in (line for line in lines if ("openmoji" in line) == builtin):
+        command, _, output = line.partition(" > ")
+        words = [word for text in shlex.split(command)[1:] for word in glob(text) or [text]]
+        capsys.readouterr()
+        assert cli.main(words) == 0, line
+        if output:
+            Path(output).write_text(capsys.readouterr().out)
+    shutil.rmtree("made")
+    made = {path.parts[-2]: Manifest.load(path).num_samples for path in Path().glob("*/*.json")
+            if path.name in ("shard.json", "mine.json")}  # fmt: skip
+    if builtin:
+        assert made == {"drawings": 3953}
+        return
+    assert made == dict.fromkeys(("llava", "pairs", "photos", "crawled", "tars"), 12)
+    assert Path("shards.html").read_text().count("<figure>") == 12
+    (lengths,) = Path("pairs").glob("shard.lengths-*.npy")
+    assert len(np.load(lengths)) == 12
 
 
 def test_every_row_of_the_fault_table_has_its_tests():

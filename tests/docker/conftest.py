@@ -3,16 +3,17 @@
 MOE_EXT_DOCKER_FOLDER names a folder that keeps the engine's images between runs.
 """
 
+import functools
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.infra.docker_engine import BASE, DockerEngine
-from tests.infra.machine import ROOT
+from tests.infra.docker_engine import DockerEngine
+from tests.infra.documents import lines_of
 
 
 @pytest.fixture(scope="session")
@@ -26,18 +27,20 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerEngine]:
 
 
 @pytest.fixture(scope="session")
-def images(engine: DockerEngine) -> dict[str, str]:
-    """Kind -> image, both built from the working tree; with one torch, whichever this machine has."""
-    with engine.torch_index() as index:
-        for kind in ("cpu", "cuda"):
-            began = time.monotonic()
-            log = engine.docker(
-                *("build", "--progress", "plain", "--network", "host", "-t", f"moe_ext:{kind}"),
-                *("--build-arg", f"BASE={BASE}", "--build-arg", f"TORCH_INDEX={index}"),
-                *("-f", str(ROOT / "docker" / f"Dockerfile.{kind}"), str(ROOT)),
-            )
-            (engine.folder / f"build-{kind}.log").write_text(log)
-            size = engine.docker("image", "inspect", "-f", "{{.Size}}", f"moe_ext:{kind}")
-            seconds = time.monotonic() - began
-            print(f"moe_ext:{kind}: {int(size) / 1e6:.0f} MB, built in {seconds:.0f} s")
-    return {kind: f"moe_ext:{kind}" for kind in ("cpu", "cuda")}
+def built(engine: DockerEngine) -> Callable[[str], str]:
+    """Kind -> image, built when it is first asked for, by the page's command, from the working tree; both
+    kinds with one torch, whichever this machine has."""
+
+    @functools.cache
+    def build(kind: str) -> str:
+        (line,) = (line for line in lines_of("built") if f"Dockerfile.{kind}" in line)
+        began = time.monotonic()
+        with engine.torch_index() as index:
+            log = engine.sh(line, TORCH_INDEX=index)
+        (engine.folder / f"build-{kind}.log").write_text(log)
+        size = engine.docker("image", "inspect", "-f", "{{.Size}}", f"moe_ext:{kind}")
+        seconds = time.monotonic() - began
+        print(f"moe_ext:{kind}: {int(size) / 1e6:.0f} MB, built in {seconds:.0f} s")
+        return f"moe_ext:{kind}"
+
+    return build

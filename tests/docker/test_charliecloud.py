@@ -1,7 +1,9 @@
-"""The image under Slurm without Docker on the nodes: unpacked once, run by Charliecloud as any user may."""
+"""The image under Slurm without Docker on the nodes: unpacked once, run by Charliecloud as any user may. The
+commands are those of docs/docker.md, word for word."""
 
-import subprocess
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,55 +11,52 @@ import pytest
 from moe_ext.training.ownership import read_status
 from tests.infra import docker_engine, slurm_cluster
 from tests.infra.docker_engine import DockerEngine
-from tests.infra.machine import ROOT, needs
+from tests.infra.documents import Checkout, lines_of, tiny_demo
+from tests.infra.machine import needs, only_run
 from tests.infra.slurm_cluster import SlurmCluster
-from tests.training.tiny import make_inputs, overrides
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.docker,
     pytest.mark.timeout(1800),
     *docker_engine.NEEDED,
     *slurm_cluster.NEEDED,
     *needs("ch-run"),
 ]
+SHARED = Path("/shared")
+"""What the page calls the file system that the nodes share."""
 
 
-def unpack(engine: DockerEngine, image: str, folder: Path) -> None:
-    """The commands of docs/docker.md: what `docker export` gives is all that Charliecloud needs."""
-    folder.mkdir(parents=True)
-    container = engine.docker("create", image).strip()
-    script = f'/usr/bin/docker export {container} | tar -x -C "{folder}" --exclude="dev/*"'
-    engine.run("bash", "-o", "pipefail", "-c", script)
-    engine.docker("rm", container)
+@pytest.fixture
+def checkout() -> Iterator[Checkout]:
+    if SHARED.exists():
+        pytest.skip(f"{SHARED} exists on this machine and may be somebody's")
+    SHARED.mkdir()
+    try:
+        yield tiny_demo(SHARED)
+    finally:
+        shutil.rmtree(SHARED)
 
 
 def test_two_nodes_train_from_the_unpacked_image(
-    engine: DockerEngine, images: dict[str, str], tmp_path: Path
+    engine: DockerEngine, built: Callable[[str], str], checkout: Checkout, tmp_path: Path
 ) -> None:
-    image = tmp_path / "image"
-    unpack(engine, images["cpu"], image)
-    make_inputs(tmp_path)
-    words = overrides(
-        tmp_path,
-        "run",
-        *("launcher=slurm", "launcher.nodes=2", "launcher.time_limit=30", "parallel.ep_size=2"),
-        f"launcher.wrapper=[ch-run,-b,{tmp_path},{image},--]",
-        "launcher.python=/venv/bin/python3",
-    )
+    image = built("cpu")
+    *unpack, launch = lines_of("test_two_nodes_train_from_the_unpacked_image")
+    assert len(unpack) == 2
+    for line in unpack:
+        engine.sh(line)
+    for container in engine.docker("ps", "-aq", "--filter", f"ancestor={image}").split():
+        engine.docker("rm", container)
     with SlurmCluster(tmp_path / "cluster") as cluster:
-        done = subprocess.run(
-            [sys.executable, "-m", "moe_ext.launch", *words],
-            env=cluster.environment | {"PYTHONPATH": str(ROOT), "USER": "root"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        job = done.stdout.split("submitted ")[1].split(":")[0]
+        text = checkout.sh(launch, SLURM_CONF=str(cluster.configuration), USER="root")
+        job = text.split("submitted ")[1].split(":")[0]
         ended = cluster.wait(job, timeout_s=900)
-        log = (tmp_path / "run" / "launch" / "job.log").read_text()
+    run_dir = only_run(checkout.folder)
+    log = (run_dir / "launch" / "job.log").read_text()
     assert ended == {job: "COMPLETED"}, log[-4000:]
-    status = read_status(tmp_path / "run")
+    status = read_status(run_dir)
     assert status is not None
     assert status.state == "finished"
-    assert "/venv/" in (tmp_path / "run" / "launch" / "job.sbatch").read_text()
+    script = (run_dir / "launch" / "job.sbatch").read_text()
+    assert "/venv/bin/python3" in script and sys.executable not in script

@@ -1,16 +1,18 @@
-"""The images are built and run by a real Docker engine, on a base made here (`conftest.py`)."""
+"""The images are built and run by a real Docker engine, on a base made here (`conftest.py`), by the commands
+of docs/docker.md word for word. `slow`: what `.ci/run` leaves to `make test-docker`."""
 
 import json
 import shutil
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from moe_ext.training.ownership import read_status
 from moe_ext.training.signals import STOPPED_EXIT_CODE
 from tests.infra.docker_engine import NEEDED, DockerEngine
+from tests.infra.documents import lines_of, make_checkout
 from tests.infra.machine import ROOT, wait_until
 from tests.training.tiny import make_inputs, overrides
 
@@ -25,36 +27,41 @@ def test_hadolint_finds_nothing(name: str) -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+KINDS = pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
+
+
+@KINDS
 def test_an_image_runs_as_nobody_special_and_knows_its_commands(
-    engine: DockerEngine, images: dict[str, str], kind: str
+    engine: DockerEngine, built: Callable[[str], str], kind: str
 ) -> None:
+    image = built(kind)
     run = ("run", "--rm", "--network", "none", "--read-only", "--cap-drop", "ALL")
-    assert "moe-ext COMMAND" in engine.docker(*run, images[kind])
-    assert engine.docker(*run, "--entrypoint", "id", images[kind], "-u").strip() == "1000"
-    show = engine.docker(*run, images[kind], "train", "experiment=demo", "--show")
+    assert "moe-ext COMMAND" in engine.docker(*run, image)
+    assert engine.docker(*run, "--entrypoint", "id", image, "-u").strip() == "1000"
+    show = engine.docker(*run, image, "train", "experiment=demo", "--show")
     assert "name: demo" in show  # conf/ came along
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@KINDS
 def test_an_image_holds_no_secret_and_no_test_tool(
-    engine: DockerEngine, images: dict[str, str], kind: str
+    engine: DockerEngine, built: Callable[[str], str], kind: str
 ) -> None:
-    history = engine.docker("history", "--no-trunc", images[kind]).lower()
-    environment = json.loads(engine.docker("inspect", images[kind]))[0]["Config"]["Env"]
+    image = built(kind)
+    history = engine.docker("history", "--no-trunc", image).lower()
+    environment = json.loads(engine.docker("inspect", image))[0]["Config"]["Env"]
     for word in ("api_key", "token=", "password", "secret"):
         assert word not in history
         assert word not in " ".join(environment).lower()
     tools = engine.docker(
-        "run", "--rm", "--network", "none", "--entrypoint", "ls", images[kind], "/venv/bin"
+        "run", "--rm", "--network", "none", "--entrypoint", "ls", image, "/venv/bin"
     )
     assert not {"pytest", "mypy", "ruff"} & set(tools.split())
 
 
-def test_the_container_becomes_healthy(engine: DockerEngine, images: dict[str, str]) -> None:
+def test_the_container_becomes_healthy(engine: DockerEngine, built: Callable[[str], str]) -> None:
     engine.docker(
         *("run", "-d", "--name", "health", "--network", "none", "--health-interval=1s"),
-        *("--entrypoint", "sleep", images["cpu"], "120"),
+        *("--entrypoint", "sleep", built("cpu"), "120"),
     )
     end = time.monotonic() + 60
     state = ""
@@ -66,66 +73,76 @@ def test_the_container_becomes_healthy(engine: DockerEngine, images: dict[str, s
 
 
 def test_two_containers_train_the_smoke_run_together(
-    engine: DockerEngine, images: dict[str, str]
+    engine: DockerEngine, built: Callable[[str], str]
 ) -> None:
-    compose = ("docker-compose", "-p", "moe", "-f", str(ROOT / "docker" / "compose.yaml"))
-    engine.run(*compose, "config", "-q")
-    engine.run(*compose, "down", "-v", check=False)
-    output = engine.run(
-        *(*compose, "up", "--abort-on-container-exit"),
-        check=False,
-        IMAGE=images["cpu"],
-        THREADS="1",
-    )
+    image = built("cpu")
+    (line,) = lines_of("test_two_containers_train_the_smoke_run_together")
+    compose = f"docker-compose -p moe -f {ROOT}/docker/compose.yaml"
+    engine.sh(f"{compose} config -q")
+    engine.sh(f"{compose} down -v")
+    output = engine.sh(f"{line} || true", COMPOSE_PROJECT_NAME="moe", THREADS="1")
     listing = engine.docker(
-        *(
-            "run",
-            "--rm",
-            "--network",
-            "none",
-            "-v",
-            "moe_runs:/runs",
-            "--entrypoint",
-            "sh",
-            images["cpu"],
-        ),
+        *("run", "--rm", "--network", "none", "-v", "moe_runs:/runs", "--entrypoint", "sh", image),
         *("-c", "cat /runs/runs/*/status.json; ls /runs/runs/*"),
     )
-    engine.run(*compose, "down", "-v", check=False)
+    engine.sh(f"{compose} down -v")
     assert '"state": "finished"' in listing, output[-6000:]
     assert "report.html" in listing
 
 
-def test_docker_stop_publishes_and_the_next_start_goes_on(
-    engine: DockerEngine, images: dict[str, str], tmp_path: Path
+@pytest.fixture
+def tiny_image(engine: DockerEngine, built: Callable[[str], str], tmp_path: Path) -> Iterator[str]:
+    """`moe_ext:cpu` with another demonstration: tiny, of many steps, on inputs that lie in the image."""
+    image, whole = built("cpu"), "moe_ext:whole"
+    make_inputs(tmp_path / "inputs")
+    subprocess.run(
+        ["chmod", "-R", "a+rX", str(tmp_path / "inputs")], check=True
+    )  # the image's user
+    ours = ("name=", "run_dir=", "cache_dir=")
+    tiny = [word for word in overrides(Path("/inputs"), "demo") if not word.startswith(ours)]
+    make_checkout(tmp_path / "checkout", "name=demo", *tiny, "stages.align.steps=5000")
+    (tmp_path / "Dockerfile").write_text(
+        f"FROM {whole}\nCOPY inputs /inputs\nCOPY checkout/conf /venv/share/moe_ext/conf\n"
+    )
+    engine.docker("tag", image, whole)
+    engine.docker("build", "-t", image, str(tmp_path))
+    yield image
+    engine.docker("tag", whole, image)
+    engine.docker("volume", "rm", "-f", "moe_runs")
+
+
+@pytest.mark.slow
+def test_the_page_s_run_is_stopped_and_goes_on(
+    engine: DockerEngine, tiny_image: str, tmp_path: Path
 ) -> None:
-    make_inputs(tmp_path)
-    subprocess.run(["chmod", "-R", "a+rwX", str(tmp_path)], check=True)  # for the image's user
-    words = overrides(Path("/inputs"), "run", "stages.align.steps=5000")
-    run = ("run", "-d", "--name", "stopped", "--network", "none", "--shm-size", "1g")
-    command = (*run, "-v", f"{tmp_path}:/inputs", images["cpu"], "launch", *words)
+    (line,) = lines_of("test_the_page_s_run_is_stopped_and_goes_on")
 
-    def said(text: str) -> bool:
-        state = engine.docker("inspect", "-f", "{{.State.Status}}", "stopped").strip()
-        logs = engine.docker("logs", "stopped")
-        assert state != "exited", logs[-3000:]
-        return text in logs
+    def start(log: Path) -> subprocess.Popen[bytes]:
+        words, environment = engine.shell(line)
+        return subprocess.Popen(
+            words, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT
+        )
 
-    def exit_code() -> int:
-        return int(engine.docker("wait", "stopped").split()[-1])
+    def wait_for(text: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        def said() -> bool:
+            assert process.poll() is None, log.read_text()[-3000:]
+            return text in log.read_text()
 
-    engine.docker(*command)
+        wait_until(said, 240, f"{text!r} in {log}")
+
+    def container() -> str:
+        return engine.docker("ps", "-q", "--filter", f"ancestor={tiny_image}").strip()
+
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    first = start(logs[0])
+    wait_for("[align] 1/5000", first, logs[0])
+    engine.docker("stop", "-t", "120", container())
+    assert first.wait(timeout=60) == STOPPED_EXIT_CODE, logs[0].read_text()[-3000:]
+    step = int(logs[0].read_text().split("stopped on request in align, step ")[1].split(";")[0])
+    assert step > 0
+    second = start(logs[1])
     try:
-        wait_until(lambda: said("[align] 1/5000"), 240, "the first step in the container")
-        engine.docker("stop", "-t", "60", "stopped")
-        assert exit_code() == STOPPED_EXIT_CODE
-        status = read_status(tmp_path / "run")
-        assert status is not None
-        assert (status.state, status.stage) == ("stopped", "align")
-        assert status.step > 0
-        engine.docker("rm", "stopped")
-        engine.docker(*command)
-        wait_until(lambda: said(f"resumed from step {status.step} "), 240, "the second start")
+        wait_for(f"resumed from step {step} ", second, logs[1])
     finally:
-        print(engine.docker("logs", "stopped", check=False)[-3000:])
-        engine.docker("rm", "-f", "stopped", check=False)
+        engine.docker("kill", container(), check=False)
+        second.wait(timeout=60)

@@ -20,8 +20,20 @@ from tests.infra.machine import PATH, ROOT, needs, wait_until
 
 NEEDED = needs("dockerd", "containerd", "runc", "docker-compose", "mmdebstrap")
 BASE = "moe_ext-test-base"
+# Debian's docker has BuildKit built in; a newer one on PATH may need a plugin for it.
+PROGRAM = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
+# `docker` as the pages' commands find it. A build is given what needs a registry and a network of its own:
+# BASE and TORCH_INDEX, whose values are in the environment.
+DOCKER = """\
+#!/bin/sh
+if [ "$1" = build ]; then
+    shift
+    set -- build --progress plain --network host --build-arg BASE --build-arg TORCH_INDEX "$@"
+fi
+exec {program} "$@"
+"""
 BASE_DOCKERFILE = """\
 FROM debian-local
 RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-venv ca-certificates \\
@@ -62,12 +74,26 @@ class DockerEngine:
         return done.stdout
 
     def docker(self, *words: str, check: bool = True) -> str:
-        # Debian's docker has BuildKit built in; a newer one on PATH may need a plugin for it.
-        program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
-        return self.run(program, *words, check=check)
+        return self.run(PROGRAM, *words, check=check)
+
+    def shell(self, line: str) -> tuple[list[str], dict[str, str]]:
+        """Words and environment of the shell that runs a page's command with this engine."""
+        path = f"{self.folder}/bin:{PATH}"
+        return ["bash", "-o", "pipefail", "-c", line], self.environment | {
+            "PATH": path,
+            "BASE": BASE,
+        }
+
+    def sh(self, line: str, **variables: str) -> str:
+        """Output of a page's command, run in the project's folder; AssertionError when it fails."""
+        words, environment = self.shell(f"cd {ROOT} && {line}")
+        return self.run(*words, **environment | variables)
 
     def __enter__(self) -> "DockerEngine":
-        self.folder.mkdir(parents=True, exist_ok=True)
+        program = self.folder / "bin" / "docker"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(DOCKER.format(program=PROGRAM))
+        program.chmod(0o755)
         words = [
             *("dockerd", "-H", self.socket, "--data-root", f"{self.folder}/data"),
             *("--exec-root", f"{self.folder}/exec", "--pidfile", f"{self.folder}/docker.pid"),

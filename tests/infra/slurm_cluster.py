@@ -7,6 +7,7 @@ only processes whose environment names this cluster's configuration.
 import contextlib
 import os
 import socket
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -80,10 +81,11 @@ def free_ports(count: int) -> list[int]:
 class SlurmCluster:
     """`with SlurmCluster(folder) as cluster:`; needs root, and slurm-wlm, slurm-client, munge."""
 
-    def __init__(self, folder: Path, num_nodes: int = 2, cpus: int = 2):
+    def __init__(self, folder: Path, num_nodes: int = 2, cpus: int = 2, gpus: int = 0):
         self.folder = folder
         self.num_nodes = num_nodes
         self.cpus = cpus
+        self.gpus = gpus  # of each node, by name only
         self.configuration = folder / "slurm.conf"
 
     @property
@@ -107,11 +109,20 @@ class SlurmCluster:
         key.chmod(0o400)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         controller_port, *ports = free_ports(1 + self.num_nodes)
+        gpus = f"Gres=gpu:{self.gpus} " if self.gpus else ""
         nodes = [
             f"NodeName=node{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} "
-            "RealMemory=8000 State=UNKNOWN"
+            f"RealMemory=8000 {gpus}State=UNKNOWN"
             for i, port in enumerate(ports, 1)
         ]
+        if self.gpus:
+            for i in range(
+                self.gpus
+            ):  # slurmd believes in a device that it finds: the null device again
+                os.mknod(self.folder / f"gpu{i}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+            devices = f"Name=gpu File={self.folder}/gpu[0-{self.gpus - 1}]\n"
+            (self.folder / "gres.conf").write_text(devices)
+            nodes.insert(0, "GresTypes=gpu")
         self.configuration.write_text(
             CONFIGURATION.format(
                 folder=self.folder, controller_port=controller_port, nodes="\n".join(nodes)

@@ -1,8 +1,7 @@
-"""What a whole run leaves in its views: one start of a tiny run with W&B offline and TensorBoard, read
-back by their own readers. The panels of the dashboard are compared with it."""
+"""What a whole run leaves in its views (`finished_demo`: W&B offline and TensorBoard), read back by their
+own readers. The panels of the dashboard are compared with it."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,11 +11,9 @@ from typing import Any
 import pytest
 
 from moe_ext.jobs import dashboard, watch
-from tests.infra.slurm_cluster import free_ports
-from tests.training.tiny import make_inputs, overrides
+from tests.infra.documents import Checkout
 
 pytest.importorskip("wandb")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def read_wandb(folder: Path) -> dict[str, Any]:
@@ -35,40 +32,8 @@ def read_wandb(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    make_inputs(folder)
-    has_tensorboard = "true" if _has_tensorboard() else "false"
-    words = overrides(
-        folder,
-        "tiny",
-        "tracking=wandb",
-        "tracking.wandb_project=project",
-        f"tracking.tensorboard={has_tensorboard}",
-        "tracking.alerts.window=2",
-        "tracking.alerts.loss_spike=1.0001",
-        "stages.tune.router_kl_coefficient=0.01",
-    )
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    variables = {"PYTHONPATH": path, "WANDB_MODE": "offline", "HOME": str(folder)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
-    torchrun += ["--master-port", str(free_ports(1)[0])]
-    done = subprocess.run(
-        [*torchrun, "-m", "moe_ext.train", *words],
-        env=os.environ | variables | {"MOE_EXT_GROUP": "sweep-7"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / "tiny"
-
-
-def _has_tensorboard() -> bool:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def run_dir(finished_demo: Checkout) -> Path:
+    return finished_demo.folder / "runs" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +83,39 @@ def test_every_value_that_a_panel_names_is_logged(stages: dict) -> None:
         assert any(re.search(pattern, key) for key in logged[kind]), f"{kind}: {pattern}"
 
 
+# Value that panels draw -> what it can be at least and at most in a tiny run of 8 experts a layer at most.
+RANGES = {
+    r"^loss/nll$": (0.1, 20.0),
+    r"^loss/balance$": (0.99, 8.0),
+    r"^loss/router_kl$": (0.0, 5.0),
+    r"^(text|image)/load/\d+$": (1.0, 8.0),
+    r"^(text|image)/entropy/\d+$": (0.0, 1.0 + 1e-6),
+    r"^(text|image)/new_share/\d+$": (0.0, 1.0),
+    r"^new_share/(text|image)$": (0.0, 1.0),
+    r"^new_expert_share/\d+/\d+$": (0.0, 1.0),
+    r"^grad_norm$": (1e-6, 1e4),
+    r"^grad_norm_by_part/": (0.0, 1e4),
+    r"^tokens_per_s$": (1.0, 1e7),
+    r"^step_s$": (1e-4, 600.0),
+    r"^data_wait_s$": (0.0, 600.0),
+    r"^real_token_share$": (0.01, 1.0),
+}
+
+
+def test_what_the_panels_draw_is_plausible_in_every_step(stages: dict) -> None:
+    for row in stages["tune"]["history"]:
+        for pattern, (least, most) in RANGES.items():
+            values = [value for key, value in row.items() if re.search(pattern, key)]
+            assert values, pattern
+            assert all(least <= value <= most for value in values), (pattern, values)
+        parts = [v for key, v in row.items() if key.startswith("grad_norm_by_part/")]
+        assert len(parts) == 4  # experts, rows, calibration, connector
+        assert sum(part**2 for part in parts) == pytest.approx(row["grad_norm"] ** 2, rel=1e-3)
+        assert row["data_wait_s"] <= row["step_s"]
+    images = [row["new_share/image"] for row in stages["tune"]["history"]]
+    assert max(images) > 0.0  # some image token does choose a new expert
+
+
 def test_the_checkpoint_s_and_the_console_s_alerts_are_there(run_dir: Path, stages: dict) -> None:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     alerts = [r for r in map(json.loads, lines) if r["event"] == "alert"]
@@ -147,7 +145,7 @@ def test_images_with_captions_and_the_extension_are_there(run_dir: Path, stages:
         assert image.is_relative_to(run_dir)
         assert image.stat().st_size > 0
     artifacts = [a for a in record["artifact"] if a["type"] == "extension"]
-    assert [a["name"] for a in artifacts] == ["tiny-extension"]
+    assert [a["name"] for a in artifacts] == ["demo-extension"]
     for name in ("manifest.json", "extension.safetensors"):
         assert name in json.dumps(artifacts[0])
 
@@ -178,8 +176,11 @@ def test_the_specification_of_the_dashboard_is_complete() -> None:
         assert json.dumps(plain)[1:-1] in text, (kind, pattern)
 
 
-def test_a_finished_run_can_be_watched(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert watch.main([str(run_dir), "--once"]) == 0
+def test_a_finished_run_can_be_watched(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run_dir.parent)
+    assert watch.main([run_dir.name, "--once"]) == 0
     text = capsys.readouterr().out
     for part in ("finished", "13/13", "loss nll", "new_experts", "tune/result", "report.html"):
         assert part in text, part
