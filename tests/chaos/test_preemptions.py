@@ -74,7 +74,10 @@ def test_three_preemptions_cost_nothing(chaos: Chaos) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_preemptions_cost_nothing(chaos: Chaos) -> None:
-    longer = ("stages.align.steps=24", "stages.tune.steps=40")
+    longer = (
+        *("stages.align.steps=24", "stages.tune.steps=40"),
+        *("stages.tune.spike_sigmas=2", "stages.tune.max_bad_steps=40"),
+    )
     chaos.start("long", None, *longer)
     reference = chaos.evidence("long")
     preempted(chaos, "preempted-20", 20, 3, *longer)
