@@ -26,8 +26,12 @@ LAYOUTS: list[Layout] = [
     if ranks % ep_size == 0
 ]
 REFERENCE: Layout = (2, 2, 1)
-MORE = ("optim.clip_norm=0", "stages.tune.steps=9", "stages.tune.spike_sigmas=0")
-"""DeepSpeed clips by a wrong norm under ZeRO-0; a spike at the rule's very edge is a matter of rounding."""
+MORE = (
+    *("optim.clip_norm=0", "stages.tune.steps=9", "stages.tune.spike_sigmas=0"),
+    "stages.probe.statistics_samples=32",
+)
+"""DeepSpeed clips by a wrong norm under ZeRO-0, a spike at the rule's very edge is a matter of rounding, and
+the probe counts whole batches of 8 samples a rank: 32 are as many on one rank as on four."""
 STEPS = 9
 IN_TUNE = Kill("backward", 0, number=8 + 4 + 3 * 2 * 2 + 1, signal=15)
 """SIGTERM in the fourth step of `tune`: behind four steps of `align` and two of `probe`."""
