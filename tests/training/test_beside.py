@@ -100,10 +100,10 @@ def runs(folder: Path) -> dict[str, int]:
     compare_at_every_end(folder)
     step = Engine.step
 
-    def ask_in_tune(self, learning_rate):
+    def ask_in_tune(self, learning_rate, **how):
         if self.settings.accumulation == 2 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, learning_rate)
+        return step(self, learning_rate, **how)
 
     Engine.step = ask_in_tune
     codes["stopped"] = run(folder, "sound")

@@ -209,7 +209,7 @@ def _shares():
     balance, z, kl = loop._router_losses(output, True, 2, choices)
     selections = {}
     loop._add_selections(selections, output)
-    metrics = loop._expert_metrics(selections, {3: 3, 5: 4})
+    metrics = loop._expert_metrics(selections, {3: range(3, 4), 5: range(4, 4)})
     return balance.item(), z.item(), metrics, kl.item(), choices
 
 
