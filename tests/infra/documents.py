@@ -46,6 +46,7 @@ EXECUTED_BY: dict[str, str] = {
         "tests/test_docs_run.py::test_what_can_be_asked_of_a_finished_run"
     ),
     "wandb sync": "tests/test_docs_run.py::test_an_offline_run_is_sent_later",
+    "moe-ext train .*beside": "tests/training/test_beside.py::runs",
     "moe-ext plan": "tests/test_docs_run.py::test_a_cluster_is_planned_from_the_configuration_alone",
     "moe-ext (shards|train .*--show)": "tests/data/test_docs.py::test_shards_are_made_as_the_page_says",
     "docker run .*--gpus": NOT_EXECUTED + "it needs a GPU and NVIDIA's container toolkit",

@@ -6,6 +6,7 @@ second extension for the same modality; "bare", which has no encoder of vision's
 
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from moe_ext.training.checkpoint import Published
 from moe_ext.training.engine import Engine
 from moe_ext.training.signals import STOPPED_EXIT_CODE
 from moe_ext.training.topology import Ranks
+from tests.infra.documents import lines_of
 from tests.model.tiny import save_tiny
 from tests.ranks import run_ranks
 from tests.training.tiny import make_inputs, overrides
@@ -34,7 +36,6 @@ SHORT = (
     "evaluation.candidates=2", "evaluation.captions=1", "stages.probe.statistics_samples=8",
 )  # fmt: skip
 SECOND = "+beside.second={folder}/sound"
-ALIGNED = "stages.tune.train=[new_experts,new_rows,calibration]"
 
 
 def sound_encoder(folder: Path, *more: str) -> tuple[str, ...]:
@@ -44,18 +45,25 @@ def sound_encoder(folder: Path, *more: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def words_of_the_page() -> list[str]:
+    (line,) = lines_of("runs")
+    return shlex.split(line)[2:]
+
+
 def settings(folder: Path, name: str) -> list[str]:
     own = {
         "vision": ("extension.layer_share=1.0",),
         "sound": sound_encoder(folder, "extension.placement=shard", "extension.num_new_experts=3"),
-        "task": ("chain=[probe,extend,tune]", ALIGNED, "+beside_bias.first=2.5", "extension.affected_share=0.5"),
+        # the page's command, word for word, and what makes both extensions' experts be chosen
+        "task": (*words_of_the_page(), "+beside_bias.vision=2.5", "extension.affected_share=0.5"),
         "bare": sound_encoder(
             folder, "chain=[extend,tune]", "extension.layers=[2]", "extension.scope=modality",
             "connector.closed_form_samples=0", "stages.tune.steps=1",
         ),
     }[name]  # fmt: skip
-    beside = () if name == "vision" else (f"+beside.first={folder}/vision",)
-    given = overrides(folder, name, *SHORT, f"extension.name={name}", *beside, *own)
+    beside = (f"+beside.vision={folder}/vision",) if name in ("sound", "bare") else ()
+    named = () if name == "task" else (f"extension.name={name}",)
+    given = overrides(folder, name, *SHORT, *named, *beside, *own)
     if name == "bare":
         given = [item for item in given if "encoder.image" not in item]
         given.append("~encoder@encoder.image")
@@ -75,7 +83,7 @@ def compare_at_every_end(folder: Path) -> None:
     def compared(run, name, model, *args, **kwargs):
         if run.others:
             stored = load_file(folder / "vision/extension/extension.safetensors")
-            bias = run.config.beside_bias.get("first", 0.0)
+            bias = run.config.beside_bias.get("vision", 0.0)
             live = extension_state(model.lm, ["vision"])
             if "image" in model.connectors:
                 state = model.connectors["image"].state_dict()
@@ -96,6 +104,7 @@ def compare_at_every_end(folder: Path) -> None:
 
 
 def runs(folder: Path) -> dict[str, int]:
+    os.chdir(folder)  # where runs/vision is, as the page names it
     codes = {"vision": run(folder, "vision")}
     compare_at_every_end(folder)
     step = Engine.step
@@ -110,7 +119,7 @@ def runs(folder: Path) -> dict[str, int]:
     Engine.step = step
     for name in ("sound", "task", "bare"):
         codes[name] = run(folder, name)
-    codes["changed"] = run(folder, "task", "beside_bias.first=-1.0")
+    codes["changed"] = run(folder, "task", "beside_bias.vision=-1.0")
     return codes
 
 
@@ -118,6 +127,7 @@ def runs(folder: Path) -> dict[str, int]:
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("beside")
     make_inputs(folder)
+    (folder / "runs").symlink_to(folder)
     return folder, run_ranks(runs, 2, folder)[0]
 
 
@@ -187,10 +197,10 @@ def test_the_folder_for_transformers_holds_the_runs_own(finished, tmp_path):
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("task", ["beside.first=/nowhere"], "beside.first=/nowhere: .* has no manifest.json"),
+        ("task", ["beside.vision=/nowhere"], "beside.vision=/nowhere: .* has no manifest.json"),
         ("task", ["extension.name=vision"], "extension vision, which extension.name names too"),
         ("task", ["base.path={folder}/other"], "but base.path=.* has other tensors"),
-        ("task", ["+beside.second={folder}/vision"], "which beside.first names too"),
+        ("task", ["+beside.second={folder}/vision"], "which beside.vision names too"),
         (
             "bare",
             [SECOND, "+beside.third={folder}/bare", "extension.name=new"],
@@ -201,8 +211,11 @@ def test_the_folder_for_transformers_holds_the_runs_own(finished, tmp_path):
         ("task", ["encoder.image.path={folder}/wide"], "for 16 features, encoder.image gives 32"),
     ],
 )
-def test_what_cannot_stand_beside_is_refused_in_one_line(finished, name, more, message):
+def test_what_cannot_stand_beside_is_refused_in_one_line(
+    finished, monkeypatch, name, more, message
+):
     folder, _ = finished
+    monkeypatch.chdir(folder)
     if not (folder / "other").exists():
         save_tiny(folder / "other", "qwen2_moe")
         make_wide_tower(folder)
@@ -212,8 +225,9 @@ def test_what_cannot_stand_beside_is_refused_in_one_line(finished, name, more, m
     assert "\n" not in str(raised.value)
 
 
-def test_two_may_stand_beside(finished):
+def test_two_may_stand_beside(finished, monkeypatch):
     folder, _ = finished
+    monkeypatch.chdir(folder)
     check_files(load(CONF_DIR, [*settings(folder, "task"), SECOND.format(folder=folder)]))
 
 
