@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from moe_ext.compose import CONF_DIR, ConfigError
-from moe_ext.config_check import check_paths, check_world
+from moe_ext.config_check import check_world
 from moe_ext.config_launcher import LauncherConfig, LauncherKind
 from moe_ext.jobs import deepspeed_launcher, slurm
 from moe_ext.jobs.plan import describe
 from moe_ext.jobs.runs import PlannedRun, plan_runs, sweep_id
 from moe_ext.jobs.stopping import check_free
+from moe_ext.preflight import check_files
 from moe_ext.training.signals import STOP_FILE
 
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for run in runs:
             check_world(run.config, nodes * ranks_per_node, ranks_per_node)
             if not launcher.wrapper:  # a container's paths are not this machine's
-                check_paths(run.config)
+                check_files(run.config)
             if not options.dry_run:
                 check_free(run)
         for run in runs:
