@@ -193,17 +193,17 @@ class Engine:
             "exp_avg_sq": torch.zeros_like(tensor, memory_format=torch.preserve_format),
         }
 
-    def fragments(self) -> dict[str, "Fragment"]:
+    def fragments(self, replicas: bool = False) -> dict[str, "Fragment"]:
         """Parameter name -> the piece of its master weights and moments that this rank owns.
 
         Under ZeRO the pieces of all ranks tile every parameter exactly once; without it the first
-        rank of each group of replicas owns everything.
+        rank of each group of replicas owns everything, or with `replicas` every one its own copy.
         """
         result: dict[str, Fragment] = {}
         if self.settings.zero_stage == 0:
             for item in self.trainable:
                 first = self.topology.ep_size if item.sharded else 1
-                if self.topology.rank < first:
+                if replicas or self.topology.rank < first:
                     master = item.parameter.detach().view(-1)
                     state = self.adam.state[item.parameter]
                     moments = [state[key].view(-1) for key in ("exp_avg", "exp_avg_sq")]

@@ -56,7 +56,7 @@ def restore_masters(engine: Engine, parts: list[Part], source: Published, moment
     The checkpoint may come from any number of ranks. Afterwards the model's weights equal the
     masters, rounded. A collective.
     """
-    fragments = engine.fragments()
+    fragments = engine.fragments(replicas=True)  # without ZeRO each has moments of its own
     for part in parts:
         fragment = fragments.get(part.name)
         if fragment is None:
