@@ -162,9 +162,9 @@ class SlurmCluster:
                 process.wait(5)
 
     def start_daemon(self, node: str) -> None:
-        """The node comes back."""
+        """The node comes back, by ReturnToService; nothing runs meanwhile."""
         self.run("slurmd", "-N", node)
-        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+        wait_until(self._all_idle, 30, f"{node} to come back")
 
     def _all_idle(self) -> bool:
         words = ["sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D"]
