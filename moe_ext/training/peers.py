@@ -73,6 +73,8 @@ class Peers:
                 store.set(f"{KEY}{self.rank}", json.dumps(vars(self._sign)))
                 if self._sign.failed:
                     self._told.set()
+                    if not self._looking:
+                        return  # the store ends with rank 0, and torch would fill the log with that
                 if self._looking or len(self._hosts) < self.world_size:
                     self._look(store)
                 self._wake.wait(TELL_S / 4 if self._looking else TELL_S)
@@ -113,6 +115,7 @@ class Peers:
             if len(self._now) == self.world_size - 1 and all(s.failed for s in self._now.values()):
                 break  # everybody waited for somebody
             time.sleep(TELL_S / 4)
+        self._over = True
         return self._verdict() if lost else ""
 
     def _cause(self) -> list[int]:
