@@ -85,6 +85,7 @@ class Audit:
         self.reached: set[Trainable] = set()
         """Kinds of parts that tokens of the first steps reached."""
         frozen = {name: total for (name, _), total in zip(watch.tensors, watch.sums, strict=True)}
+        # where things are comes first: a tensor in a wrong place has wrong numbers on other ranks, too
         self._agree(
             "at its start",
             [
@@ -92,6 +93,11 @@ class Audit:
                 *optimizer_errors(model, engine),
                 *placement_errors(model, self.topology),
                 *base_errors(model),
+            ],
+        )
+        self._agree(
+            "at its start",
+            [
                 *restored_errors(parts, source),
                 *unequal_replicas(self._by_holder(frozen, dict(watch.tensors)), self.topology),
                 *self._moving_errors(),

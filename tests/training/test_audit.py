@@ -175,8 +175,8 @@ def calibration_is_never_used():
 
 
 def weight_decay_on_frozen_rows():
-    def step(original, self, learning_rate):
-        outcome = original(self, learning_rate)
+    def step(original, self, learning_rate, **options):
+        outcome = original(self, learning_rate, **options)
         for module in self.deepspeed.module._forward_model.__self__.modules():
             if isinstance(module, Router):
                 module.frozen_weight.mul_(1 - 0.1 * learning_rate)

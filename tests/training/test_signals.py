@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def test_a_file_asks_for_good_and_goes_once_it_is_answered(tmp_path: Path) -> No
 
 def test_a_signal_that_was_blocked_during_the_start_is_heard() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    os.kill(os.getpid(), signal.SIGUSR2)
+    # to this thread: another one of this process does not block it, and would end the process
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
     with StopFlag() as stop:
         assert stop.reason == "SIGUSR2"
 
