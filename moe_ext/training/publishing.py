@@ -217,9 +217,7 @@ class Publisher:
     def _write(self, job: _Job) -> dict[str, Any]:
         """In the thread: this rank's files, and what the manifest has to say about them."""
         if self.rank == 0:
-            with (
-                self._owning()
-            ):  # what is listed here is of a start that was killed, of no later one
+            with self._owning():  # what is listed is a killed start's, and no later one's
                 left = [p for p in job.partial.parent.glob(".*.partial") if p != job.partial]
             for stale in left:
                 shutil.rmtree(stale, ignore_errors=True)

@@ -3,17 +3,15 @@
 What W&B holds of it, offline, is looked at after every start: its steps never run backwards.
 """
 
-import json
 import random
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from moe_ext.training.signals import STOPPED_EXIT_CODE
 from tests.chaos.harness import Chaos, compare
 from tests.chaos.points import Kill
+from tests.infra.wandb_records import history_of
 
 wandb = pytest.importorskip("wandb")
 TRACKED = "tracking.wandb=true"
@@ -27,10 +25,7 @@ def recorded_steps(chaos: Chaos, name: str) -> list[int]:
         of_stage = [folder for folder in folders if folder.name.endswith(f"-{stage}")]
         assert len(of_stage) <= 1  # what an earlier start left has been replaced
         for folder in of_stage:
-            words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            records = map(json.loads, done.stdout.splitlines())
-            steps += [r["history"]["item"]["_step"] for r in records if r["type"] == "history"]
+            steps += [row["_step"] for row in history_of(folder)]
     return steps
 
 

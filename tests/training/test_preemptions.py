@@ -12,7 +12,8 @@ import pytest
 from moe_ext.training.signals import STOPPED_EXIT_CODE
 from tests.infra.documents import Checkout, tiny_demo
 from tests.infra.machine import wait_until
-from tests.training.test_wandb import history_of, steps_in
+from tests.infra.wandb_records import history_of
+from tests.training.test_wandb import steps_in
 
 pytest.importorskip("wandb")
 PREEMPTIONS = 20
@@ -65,7 +66,4 @@ def test_one_run_without_a_step_backwards(tmp_path: Path) -> None:
     output, _ = start(checkout).communicate(timeout=600)
     assert steps_in(run_dir)[-1] == STEPS, output[-3000:]
     (folder,) = (run_dir / "wandb").glob(f"offline-run-*-{identity}-align")
-    words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    history = history_of([json.loads(line) for line in done.stdout.splitlines()])
-    assert [row["_step"] for row in history] == list(range(1, STEPS + 1))
+    assert [row["_step"] for row in history_of(folder)] == list(range(1, STEPS + 1))

@@ -3,8 +3,6 @@ own readers. The panels of the dashboard are compared with it."""
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,15 @@ import pytest
 
 from moe_ext.jobs import dashboard, watch
 from tests.infra.documents import Checkout
+from tests.infra.wandb_records import records_of
 
 pytest.importorskip("wandb")
 
 
 def read_wandb(folder: Path) -> dict[str, Any]:
     """The records of an offline run: its facts, its history rows, and what became its summary."""
-    words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    found: dict[str, Any] = {"history": [], "summary": {}, "text": done.stdout}
-    for record in map(json.loads, done.stdout.splitlines()):
+    found: dict[str, Any] = {"history": [], "summary": {}}
+    for record in records_of(folder):
         if record["type"] == "history":
             found["history"].append(record["history"]["item"])
         elif record["type"] == "summary":

@@ -9,11 +9,11 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.infra.tracked_loop import record
+from tests.infra.wandb_records import history_of
 from tests.infra.wandb_server import WandbServer
 
 pytest.importorskip("wandb")
@@ -50,18 +50,6 @@ def start(
 def steps_in(run_dir: Path) -> list[int]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [r["step"] for r in map(json.loads, lines) if r["event"] == "step"]
-
-
-def offline_records(run_dir: Path) -> list[dict[str, Any]]:
-    """What the one offline folder of a run holds, read back by W&B's own reader."""
-    (folder,) = (run_dir / "wandb").glob("offline-run-*")
-    words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def history_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [r["history"]["item"] for r in records if r["type"] == "history"]
 
 
 CASES = {
@@ -153,7 +141,8 @@ def test_over_preemptions_and_kills_each_step_is_there_once_and_in_order(
     process = start(run_dir, variables, "--from", str(at), "--to", str(last))
     process.communicate(timeout=240)
     assert len(steps_in(run_dir)) > last  # the JSONL does hold some steps twice
-    history = history_of(offline_records(run_dir))
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    history = history_of(folder)
     assert [row["_step"] for row in history] == list(range(101, 101 + last))
     for step, row in enumerate(history, 1):
         assert row["loss/nll"] == pytest.approx(record(step)["loss"]["nll"])
