@@ -39,13 +39,17 @@ def parser() -> argparse.ArgumentParser:
         help="print the plan and exactly what would run; write nothing",
     )
     result.add_argument("--config-dir", type=Path, default=CONF_DIR, help="another conf/ folder")
+    result.add_argument(
+        "-m", "--multirun", action="store_true",
+        help="as Hydra's: lists of values make a sweep; they do so without it, too",
+    )  # fmt: skip
     result.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 finished (slurm: submitted), 75 stopped on request, 2 refused, else failed."""
-    options = parser().parse_args(argv)
+    options = parser().parse_intermixed_args(argv)
     try:
         runs = plan_runs(options.config_dir, options.overrides, Path.cwd())
         launcher = runs[0].config.launcher

@@ -109,7 +109,7 @@ def train(
             for _ in range(stage.accumulation):
                 micro_batches.append(next(batches).to(device))
                 wait_s += loader.wait_s
-            sums = count_step(micro_batches, loader, stop.requested, wait_s, publisher, device)
+            sums = count_step(micro_batches, loader, wait_s, publisher, device)
             num_targets, num_tokens = sums.targets, sums.tokens
             check_bad_samples(loader, int(sums.new_skips))
             if publisher is not None:
@@ -134,7 +134,7 @@ def train(
 
             if audit is not None:
                 audit.backward()
-            losses, part_norms = step_numbers(shown, engine)
+            losses, part_norms, stops = step_numbers(shown, engine, stop.requested)
             nll_mean, norm = losses["nll"], math.hypot(*part_norms.values())
             bad = why_bad(nll_mean, norm, position.recent, stage.spike_sigmas, stage.spike_window)
             learning_rate = learning_rate_at(position.step, stage)
@@ -174,9 +174,9 @@ def train(
 
             last = position.step == stage.steps
             due = stage.checkpoint_every and position.step % stage.checkpoint_every == 0
-            if (due or sums.stop_votes) and not last:
+            if (due or stops) and not last:
                 save(position)
-            if sums.stop_votes and not last:
+            if stops and not last:
                 if publisher is not None:
                     publisher.wait()
                 tracker.say(f"[{name}] stopped on request after step {position.step}, published")
@@ -197,8 +197,6 @@ class StepCounts:
     truncated: float
     """Samples cut to the length limit since this start."""
     wait_s: float
-    stop_votes: float
-    """Ranks that were asked to stop."""
     written: float
     """Ranks that have done their share of the checkpoint under way."""
 
@@ -206,7 +204,6 @@ class StepCounts:
 def count_step(
     micro_batches: list[Batch],
     loader: Loader,
-    stop_requested: bool,
     wait_s: float,
     publisher: Publisher | None,
     device: torch.device,
@@ -219,7 +216,6 @@ def count_step(
         new_skips=loader.num_new_skips,
         truncated=loader.num_truncated,
         wait_s=wait_s,
-        stop_votes=stop_requested,
         written=publisher.vote if publisher is not None else 0.0,
     )
     return StepCounts(*sum_over_ranks([float(n) for n in astuple(own)], device))
@@ -243,23 +239,29 @@ def check_bad_samples(loader: Loader, num_new_skips: int) -> None:
     raise TooManyBadSamples(count, loader.bad_sample_budget, last)
 
 
-def step_numbers(shares: Tensor, engine: Engine) -> tuple[dict[str, float], dict[str, float]]:
-    """A step's losses by name and its gradient's norms by part, over all ranks. A collective.
+def step_numbers(
+    shares: Tensor, engine: Engine, stop_requested: bool = False
+) -> tuple[dict[str, float], dict[str, float], bool]:
+    """A step's losses by name, its gradient's norms by part, and whether the run is to stop after it.
 
-    Between backward and step: what decides whether the step is taken, equal on all ranks.
+    A collective between backward and step: what decides whether the step is taken and whether it is the
+    last, equal on all ranks. A request that comes before it ends the run with this step.
 
     Args:
         shares: (4,) fp64, this rank's shares of LOSSES.
+        stop_requested: whether this rank was asked to stop.
     """
-    together = torch.cat([shares, engine.part_squares()])
+    asked = shares.new_tensor([float(stop_requested)])
+    together = torch.cat([shares, engine.part_squares(), asked])
     dist.all_reduce(together)
-    losses, squares = together.split([len(LOSSES), len(engine.parts)])
+    losses, squares, votes = together.split([len(LOSSES), len(engine.parts), 1])
     of_part = dict.fromkeys(engine.parts, 0.0)  # a part may have a group a precision
     for part, square in zip(engine.parts, squares.tolist(), strict=True):
         of_part[part] += square
     return (
         dict(zip(LOSSES, losses.tolist(), strict=True)),
         {part: math.sqrt(square) for part, square in of_part.items()},
+        votes.item() > 0,
     )
 
 

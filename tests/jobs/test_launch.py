@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +52,23 @@ def test_a_sweep_is_every_combination_each_with_its_own_folder(tmp_path: Path) -
     assert [run.run_id for run in plan_runs(CONF_DIR, listed, tmp_path)] == [r.run_id for r in runs]
     with pytest.raises(ConfigError, match="run_dir=.* would be shared by 2 runs"):
         plan_runs(CONF_DIR, ["experiment=demo", "seed=0,1", "run_dir=mine"], tmp_path)
+
+
+def test_a_sweep_may_be_asked_for_as_hydra_does_or_stand_in_an_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF_DIR, conf)
+    text = "# @package _global_\ndefaults: [demo]\nlauncher:\n  sweep: ['seed=0,1']\n"
+    (conf / "experiment" / "seeds.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    shown = []
+    for words in (["-m", "experiment=demo", "seed=0,1"], ["experiment=demo", "seed=0,1"],
+                  ["experiment=demo", "-m", "seed=0,1"], ["experiment=seeds"]):  # fmt: skip
+        assert launch.main(["--config-dir", str(conf), "--dry-run", *words]) == 0
+        shown.append(re.findall(r"run +(\S+) ->", capsys.readouterr().out))
+    assert all(len(set(runs)) == 2 for runs in shown)
+    assert shown == [shown[0]] * 4
 
 
 def test_the_resolved_file_reads_back_as_the_same_configuration(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def _run_with(folder, name, bad_steps, *more, times=math.nan, of="gradient", fir
     """The run's exit code, and each step's outcome on this rank.
 
     In `bad_steps` rank 1's loss or gradient is multiplied; this start's steps count from `first`, and
-    rank 0 is asked to stop in step `stop_in`, which is heard in the next one.
+    rank 0 is asked to stop during the backward pass of step `stop_in`, this start's last.
     """
     kept, taken = (Engine.__call__, Engine.backward, Engine.step), []
 
@@ -42,11 +42,11 @@ def _run_with(folder, name, bad_steps, *more, times=math.nan, of="gradient", fir
         return replace(output, nll_Z=output.nll_Z * times) if is_bad("loss") else output
 
     def backward(self, loss):
+        if dist.get_rank() == 0 and len(taken) + first == stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
         return kept[1](self, loss * times if is_bad("gradient") else loss)
 
     def step(self, *args, **options):
-        if dist.get_rank() == 0 and len(taken) + first == stop_in:
-            os.kill(os.getpid(), signal.SIGTERM)
         outcome = kept[2](self, *args, **options)
         taken.append(outcome[0])
         return outcome
@@ -73,7 +73,7 @@ def _runs(folder):
         "nan": _run_with(folder, "nan", SPIKES, *JUDGED),
         "spikes": _run_with(folder, "spikes", SPIKES, *JUDGED, **data),
         # stopped in the middle of the window, it goes on with a spike
-        "stopped": _run_with(folder, "resumed", SPIKES, *JUDGED, **data, stop_in=5),
+        "stopped": _run_with(folder, "resumed", SPIKES, *JUDGED, **data, stop_in=6),
         "resumed": _run_with(folder, "resumed", SPIKES, *JUDGED, **data, first=7),
     }
 

@@ -21,6 +21,22 @@ SETTINGS = EngineSettings(
 )
 
 
+def _start():
+    topology = start(ranks_from_environment(), 2, timeout_s=60.0)
+    total = torch.tensor([1.0])
+    dist.all_reduce(total, group=topology.ep_group)
+    return total.item()
+
+
+def test_no_op_is_built_and_a_lock_of_a_killed_build_hangs_nobody(tmp_path, monkeypatch):
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert run_ranks(_start, 2, timeout_s=60) == [2.0, 2.0]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [lock]
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, sent, received, anchor):

@@ -77,7 +77,7 @@ def norm_of(folder: str, topology, placement: Placement, stage: int):
     targets = torch.tensor(float(output.nll_Z.numel()))
     dist.all_reduce(targets)
     engine.backward(output.nll_sum / targets.item())
-    _, by_part = step_numbers(torch.zeros(len(LOSSES), dtype=torch.float64), engine)
+    _, by_part, _ = step_numbers(torch.zeros(len(LOSSES), dtype=torch.float64), engine)
     _, norm = engine.step(1e-3)
     engine.destroy()
     return norm, by_part
