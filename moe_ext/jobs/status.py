@@ -32,7 +32,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 1 when there is no run, or none to stop, else 0."""
+    """Exit code: 1 when there is no run, or none to stop, or `--check` finds one that failed; else 0."""
     parser = argparse.ArgumentParser(
         prog="moe-ext jobs",
         description="State, last step, loss and error line of the runs at or below a folder; or end them. "
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ending.add_argument(
         "--cancel", action="store_true", help="end the runs at once, without a checkpoint"
     )
+    ending.add_argument(
+        "--check", action="store_true", help="name the runs that failed or were killed; code 1 if any"
+    )
     options = parser.parse_args(argv)
     if (options.stop or options.cancel) and options.folder is None:
         parser.error(
@@ -55,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     folder = options.folder or Path("runs")
     standings = survey(folder)
+    if options.check:
+        bad = [found for found in map(row, standings) if found.state in ("failed", "gone")]
+        for found in bad:
+            print(f"{found.run}: {found.state} {found.error}".rstrip())
+        return 1 if bad else 0
     if not standings:
         print(f"no runs at or below {folder}")
         return 1

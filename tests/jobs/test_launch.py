@@ -371,6 +371,7 @@ def test_a_running_run_is_asked_by_a_file_and_a_dead_one_is_not(
 ) -> None:
     run_dir = tmp_path / "one"
     owner = claim(run_dir)
+    assert status.main([str(tmp_path), "--check"]) == 0
     assert status.main([str(tmp_path), "--stop"]) == 0
     assert "one: asked to publish" in capsys.readouterr().out
     (run_dir / "stop").unlink()
@@ -379,9 +380,13 @@ def test_a_running_run_is_asked_by_a_file_and_a_dead_one_is_not(
     file = run_dir / "owner.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pid": process.pid}))
     assert [row.state for row in collect(tmp_path)] == ["gone"]
+    assert status.main([str(tmp_path), "--check"]) == 1
+    assert capsys.readouterr().out == "one: gone\n"
     assert status.main([str(tmp_path), "--stop"]) == 1
     assert not (run_dir / "stop").exists()
     owner.write_status("finished")
+    assert status.main([str(tmp_path), "--check"]) == 0
+    assert status.main([str(tmp_path / "none"), "--check"]) == 0
     assert status.main([str(tmp_path), "--cancel"]) == 1
 
 
