@@ -1,28 +1,40 @@
 """A command line or a YAML file becomes a TrainConfig, or one readable line says why not.
 
 The compose API is used, not `@hydra.main`: no run folder of Hydra's own (it would be computed per
-rank), no change of directory, and the launcher's `--local_rank` never reaches Hydra.
+rank), no change of directory, and the launcher's `--local_rank` never reaches Hydra. OmegaConf's
+objects end here: everything else is given the dataclasses of `config.py`.
 """
 
 import argparse
 import difflib
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
-from moe_ext.config import TrainConfig, explain, from_hydra, register_schema
+from moe_ext.config import TrainConfig
+from moe_ext.config_check import check
 
 _BESIDE = Path(__file__).resolve().parent.parent / "conf"
 CONF_DIR = _BESIDE if _BESIDE.is_dir() else Path(sys.prefix) / "share" / "moe_ext" / "conf"
 """The groups and their files: beside the package in a checkout, else where pip put them."""
+SCHEMA_NAME = "train_schema"
+"""Name under which `conf/train.yaml` finds the schema of TrainConfig."""
 
 
 class ConfigError(ValueError):
@@ -93,6 +105,45 @@ def compose_only(
         raise ConfigError(_one_line(error)) from error
 
 
+def register_schema() -> None:
+    """Make the schema known to Hydra; called once before composing, never at import."""
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=TrainConfig)
+
+
+def from_hydra(composed: Any) -> TrainConfig:
+    """The typed configuration of a composed or loaded DictConfig, checked.
+
+    Raises:
+        ValueError: an unknown key, a wrong type, a missing value, or a value that breaks a rule;
+            one line that names value, rule, remedy and key.
+    """
+    try:
+        # As plain values: a key that `+key=value` added to a typed node would slip through the merge.
+        plain = OmegaConf.to_container(composed) if OmegaConf.is_config(composed) else composed
+        _number_layers(plain)
+        typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), plain)
+        config = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error)) from error
+    assert isinstance(config, TrainConfig)
+    check(config)
+    return config
+
+
+def _number_layers(plain: Any) -> None:
+    """Keys that are layers become numbers again: in JSON (a run's config.json) they are strings."""
+    for part, key in (("extension", "sources"), ("parallel", "hot_lists")):
+        by_layer = (plain.get(part) or {}).get(key)
+        if isinstance(by_layer, dict):
+            plain[part][key] = {int(k) if str(k).isdigit() else k: v for k, v in by_layer.items()}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as text that `from_hydra(OmegaConf.create(text))` reads back
+    equal."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
 def expand(overrides: Sequence[str]) -> list[list[str]]:
     """Every combination of Hydra's sweep overrides (`seed=0,1,2`); without one, the overrides alone.
 
@@ -118,7 +169,7 @@ def _one_line(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OmegaConfBaseException):
-            return explain(cause)
+            return _explain(cause)
         cause = cause.__cause__
     if isinstance(error, MissingConfigException):
         options = error.options or []
@@ -128,3 +179,21 @@ def _one_line(error: BaseException) -> str:
         first = str(error).strip().split("\n")[0].removeprefix("In 'train': ")
         return f"{first}{hint} (choices: {', '.join(options)})" if options else first
     return " ".join(line.strip() for line in str(error).strip().splitlines() if line.strip())
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """One line for an OmegaConf error: the key, what is wrong, and the nearest key that exists."""
+    key = error.full_key or str(error.key or "")
+    reason = (error.msg or str(error)).strip().split("\n")[0]
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is missing: give it on the command line as {key}=VALUE"
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        known = (
+            [f.name for f in fields(error.object_type)] if is_dataclass(error.object_type) else []
+        )
+        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+        prefix = key.rpartition(".")[0] + "." if "." in key else ""
+        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+        known_text = f" (known here: {', '.join(known)})" if known and not near else ""
+        return f"{key} is not a setting{hint}{known_text}"
+    return f"{key}: {reason}"

@@ -1,23 +1,14 @@
-"""Every setting of a run, its meaning and its rules; the only file that meets OmegaConf.
+"""Every setting of a run and its meaning.
 
-A command composes YAML with Hydra, `from_hydra` turns the result into these dataclasses once, and
-deeper code gets numbers. A wrong type or an unknown key is refused by the schema, an impossible
-combination by `check`, each before a process group exists and in one line that names the key.
+A command composes YAML with Hydra and turns the result into these dataclasses once (`compose.py`);
+deeper code gets numbers. A wrong type or an unknown key is refused by them as the schema, an impossible
+combination by `config_check.py`, each before a process group exists and in one line that names the key.
 """
 
-import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf import MISSING
 
 from moe_ext.config_cluster import ClusterConfig
 from moe_ext.config_launcher import LauncherConfig
@@ -440,66 +431,3 @@ class TrainConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """What `moe-ext plan` and `parallel=auto` plan for."""
-
-
-SCHEMA_NAME = "train_schema"
-"""Name under which `conf/train.yaml` finds the schema of TrainConfig."""
-
-
-def register_schema() -> None:
-    """Make the schema known to Hydra; called once before composing, never at import."""
-    ConfigStore.instance().store(name=SCHEMA_NAME, node=TrainConfig)
-
-
-def from_hydra(composed: Any) -> TrainConfig:
-    """The typed configuration of a composed or loaded DictConfig, checked.
-
-    Raises:
-        ValueError: an unknown key, a wrong type, a missing value, or a value that breaks a rule;
-            one line that names value, rule, remedy and key.
-    """
-    from moe_ext.config_check import check  # it needs the classes above
-
-    try:
-        # As plain values: a key that `+key=value` added to a typed node would slip through the merge.
-        plain = OmegaConf.to_container(composed) if OmegaConf.is_config(composed) else composed
-        _number_layers(plain)
-        typed = OmegaConf.merge(OmegaConf.structured(TrainConfig), plain)
-        config = OmegaConf.to_object(typed)
-    except OmegaConfBaseException as error:
-        raise ValueError(explain(error)) from error
-    assert isinstance(config, TrainConfig)
-    check(config)
-    return config
-
-
-def _number_layers(plain: Any) -> None:
-    """Keys that are layers become numbers again: in JSON (a run's config.json) they are strings."""
-    for part, key in (("extension", "sources"), ("parallel", "hot_lists")):
-        by_layer = (plain.get(part) or {}).get(key)
-        if isinstance(by_layer, dict):
-            plain[part][key] = {int(k) if str(k).isdigit() else k: v for k, v in by_layer.items()}
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The resolved configuration as text that `from_hydra(OmegaConf.create(text))` reads back
-    equal."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
-
-
-def explain(error: OmegaConfBaseException) -> str:
-    """One line for an OmegaConf error: the key, what is wrong, and the nearest key that exists."""
-    key = error.full_key or str(error.key or "")
-    reason = (error.msg or str(error)).strip().split("\n")[0]
-    if isinstance(error, MissingMandatoryValue):
-        return f"{key} is missing: give it on the command line as {key}=VALUE"
-    if isinstance(error, ConfigKeyError | ConfigAttributeError):
-        known = (
-            [f.name for f in fields(error.object_type)] if is_dataclass(error.object_type) else []
-        )
-        near = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
-        prefix = key.rpartition(".")[0] + "." if "." in key else ""
-        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-        known_text = f" (known here: {', '.join(known)})" if known and not near else ""
-        return f"{key} is not a setting{hint}{known_text}"
-    return f"{key}: {reason}"

@@ -292,21 +292,26 @@ def _check_optim_and_parallel(config: TrainConfig) -> None:
         )
     if not parallel.timeout_s > 0:
         raise ValueError(f"parallel.timeout_s={parallel.timeout_s} must be above 0")
-    if parallel.zero_stage == 3:
+    check_zero(parallel.zero_stage, optim.clip_norm, parallel.precision is Precision.bf16)
+
+
+def check_zero(zero_stage: int, clip_norm: float, bf16: bool) -> None:
+    """Refuse what DeepSpeed would do wrong; the engine asks again, when `precision=auto` is settled."""
+    if zero_stage == 3:
         raise ValueError(
             "parallel.zero_stage=3 is refused: it partitions the trainable part only to gather it again at every "
             "layer, and needs a trainable expert on every rank; what trains is small, use 1 or 2"
         )
-    if parallel.zero_stage not in (0, 1, 2):
-        raise ValueError(f"parallel.zero_stage={parallel.zero_stage} must be 0, 1 or 2")
-    if parallel.zero_stage == 0 and parallel.precision is Precision.bf16:
+    if zero_stage not in (0, 1, 2):
+        raise ValueError(f"parallel.zero_stage={zero_stage} must be 0, 1 or 2")
+    if zero_stage == 0 and bf16:
         raise ValueError(
             "parallel.zero_stage=0 with parallel.precision=bf16 is refused: it keeps no fp32 weights that a "
             "checkpoint could hold; use parallel.zero_stage=1"
         )
-    if parallel.zero_stage == 0 and optim.clip_norm > 0:
+    if zero_stage == 0 and clip_norm > 0:
         raise ValueError(
-            f"parallel.zero_stage=0 with optim.clip_norm={optim.clip_norm} is refused: DeepSpeed 0.19.8 clips by a "
+            f"parallel.zero_stage=0 with optim.clip_norm={clip_norm} is refused: DeepSpeed 0.19.8 clips by a "
             "wrong norm there; use parallel.zero_stage=1, or optim.clip_norm=0"
         )
 
@@ -390,8 +395,9 @@ def _check_stage(name: str, stage: StageConfig, config: TrainConfig) -> None:
         )
     if stage.kind is StageKind.probe:
         if stage.train != [Trainable.router_delta]:
+            names = [part.name for part in stage.train]
             raise ValueError(
-                f"{key} is of kind probe and trains exactly [router_delta], not {_names(stage)}"
+                f"{key} is of kind probe and trains exactly [router_delta], not {names}"
             )
         at_least(f"{key}.statistics_samples", stage.statistics_samples, 1)
     elif Trainable.router_delta in stage.train:
@@ -412,7 +418,3 @@ def _check_streams(key: str, names: str, config: TrainConfig) -> None:
                 f"{key}={names!r}: {name!r} is not a stream of data.streams "
                 f"(known: {', '.join(known) or 'none'})"
             )
-
-
-def _names(stage: StageConfig) -> list[str]:
-    return [part.name for part in stage.train]

@@ -17,8 +17,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from moe_ext.compose import CONF_DIR
-from moe_ext.config import from_hydra, register_schema
+from moe_ext.compose import CONF_DIR, from_hydra, register_schema
 
 LEAVE_S = 60.0
 """A rank that is not the first waits so long for the scheduler to end it."""

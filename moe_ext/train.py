@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moe_ext.compose import ConfigError, load, parser
-from moe_ext.config import TrainConfig, to_yaml
+from moe_ext.compose import ConfigError, load, parser, to_yaml
+from moe_ext.config import TrainConfig
 from moe_ext.config_check import check_world
 from moe_ext.training.ownership import Claim, claim, read_status
 from moe_ext.training.signals import STOP_FILE, STOPPED_EXIT_CODE, StopFlag, StopRequested

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import pytest
 from omegaconf import OmegaConf
 
-from moe_ext.compose import CONF_DIR, ConfigError, load
-from moe_ext.config import Placement, Scope, Trainable, TrainConfig, from_hydra, to_yaml
+from moe_ext.compose import CONF_DIR, ConfigError, from_hydra, load, to_yaml
+from moe_ext.config import Placement, Scope, Trainable, TrainConfig
 from moe_ext.config_check import check_paths, check_world
 from moe_ext.training.run import to_plain
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_ext.compose import ConfigError, expand, load
-from moe_ext.config import TrackingConfig, TrainConfig, to_yaml
+from moe_ext.compose import ConfigError, expand, load, to_yaml
+from moe_ext.config import TrackingConfig, TrainConfig
 from moe_ext.config_cluster import ClusterConfig
 from moe_ext.config_launcher import LauncherConfig
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from string import Template
 
 from moe_ext.analysis.run_folder import write_json
-from moe_ext.compose import ConfigError
-from moe_ext.config import to_yaml
+from moe_ext.compose import ConfigError, to_yaml
 from moe_ext.config_launcher import LauncherConfig
 from moe_ext.jobs.deepspeed_launcher import variables_of
 from moe_ext.jobs.runs import PlannedRun, write_whole

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_ext.config_check import check_zero
 from moe_ext.training.shown import Shown, TrainableParameter, expert_marker
 from moe_ext.training.topology import Topology, limit_waiting
 
-__all__ = ["Engine", "EngineSettings", "Fragment", "TrainableParameter", "check_settings"]
+__all__ = ["Engine", "EngineSettings", "Fragment", "TrainableParameter"]
 
 ANCHOR = "expert_anchor"
 
@@ -64,7 +65,7 @@ class Engine:
     ):
         import deepspeed
 
-        check_settings(settings)
+        check_zero(settings.zero_stage, settings.clip_norm, settings.bf16)
         if not trainable:
             raise ValueError(
                 "nothing to train: the stage's `train` list names no parameter of this model"
@@ -328,22 +329,6 @@ class Fragment:
     exp_avg_sq: Tensor
     step: Tensor
     """() fp32: steps that Adam has taken."""
-
-
-def check_settings(settings: EngineSettings) -> None:
-    """Refuse what DeepSpeed would accept and do wrong."""
-    if settings.zero_stage not in (0, 1, 2):
-        raise ValueError(f"parallel.zero_stage={settings.zero_stage} must be 0, 1 or 2")
-    if settings.zero_stage == 0 and settings.clip_norm > 0:
-        raise ValueError(
-            f"parallel.zero_stage=0 with optim.clip_norm={settings.clip_norm}: DeepSpeed clips by a wrong "
-            "norm there; use parallel.zero_stage=1 or optim.clip_norm=0"
-        )
-    if settings.zero_stage == 0 and settings.bf16:
-        raise ValueError(
-            "parallel.zero_stage=0 with parallel.precision=bf16 keeps no fp32 weights that a checkpoint "
-            "could hold; use parallel.zero_stage=1"
-        )
 
 
 def deepspeed_config(settings: EngineSettings, num_elements: int) -> dict[str, Any]:

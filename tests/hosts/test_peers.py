@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_ext.compose import CONF_DIR, load
-from moe_ext.config import to_yaml
+from moe_ext.compose import CONF_DIR, load, to_yaml
 from moe_ext.training.signals import STOPPED_EXIT_CODE
 from tests.infra.host_network import NEEDED, HostNetwork
 from tests.infra.machine import ROOT, needs, wait_until

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig
 
 from moe_ext import plan
-from moe_ext.compose import CONF_DIR, ConfigError, compose_only, load
-from moe_ext.config import Placement, from_hydra, to_yaml
+from moe_ext.compose import CONF_DIR, ConfigError, compose_only, from_hydra, load, to_yaml
+from moe_ext.config import Placement
 from moe_ext.config_check import check_world
 from moe_ext.jobs.runs import run_id
 from moe_ext.planning.candidates import make_plan, subject_of

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter, check_settings
+from moe_ext.training.engine import Engine, EngineSettings, TrainableParameter
 from moe_ext.training.topology import Ranks, ranks_from_environment, start
 from tests.ranks import run_ranks
 
@@ -328,14 +328,15 @@ def test_fragments_of_sharded_experts_are_the_holders(two_ranks):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"zero_stage": 3}, "must be 0, 1 or 2"),
+        ({"zero_stage": 3}, "zero_stage=3 is refused"),
+        ({"zero_stage": 4}, "must be 0, 1 or 2"),
         ({"zero_stage": 0}, "wrong norm"),
         ({"zero_stage": 0, "clip_norm": 0.0, "bf16": True}, "no fp32 weights"),
     ],
 )
 def test_wrong_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        check_settings(dataclasses.replace(SETTINGS, **change))
+        Engine(lambda: None, [], dataclasses.replace(SETTINGS, **change), None)
 
 
 def test_ranks_come_from_any_launcher():

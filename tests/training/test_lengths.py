@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from moe_ext.compose import CONF_DIR, load
-from moe_ext.config import to_yaml
+from moe_ext.compose import CONF_DIR, load, to_yaml
 from moe_ext.data import Manifest, ShardStream, write_shards
 from moe_ext.data.commands import main
 from moe_ext.training.build import prepare
