@@ -13,7 +13,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "shards": ("moe_ext.data.commands", "make, index, check and look at webdataset shards"),
     "upcycle": ("moe_ext.upcycle", "make a mixture-of-experts base out of a dense model"),
-    "plan": ("moe_ext.plan", "memory, traffic and step time of every placement on a cluster"),
+    "plan": (
+        "moe_ext.plan_command",
+        "memory, traffic and step time of every placement on a cluster",
+    ),
     "launch": ("moe_ext.launch", "start a run or a sweep: this machine, a hostfile, Slurm"),
     "jobs": (
         "moe_ext.jobs.status",

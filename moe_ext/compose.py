@@ -73,7 +73,7 @@ def load(config_dir: Path, overrides: list[str], config_file: Path | None = None
     config = compose_only(config_dir, overrides, config_file)
     if not config.parallel.auto:
         return config
-    from moe_ext.plan import resolve_auto  # it composes too, and builds a model without memory
+    from moe_ext.plan import resolve_auto  # heavy imports, which only `auto` needs
 
     try:
         return resolve_auto(config)

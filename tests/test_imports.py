@@ -1,9 +1,11 @@
 """Imports point one way, and each library has its home: the two tables below are the rule.
 
-Read from the syntax trees, so an import inside a function or under TYPE_CHECKING counts too.
+Read from the syntax trees, so an import inside a function or under TYPE_CHECKING counts too: no
+file imports one that imports it, however late.
 """
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +112,19 @@ def homeless(source: str, relative: str) -> list[str]:
     return wrong
 
 
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules (dotted name -> source) that import each other, in a ring; [] where there are none."""
+    imported = {
+        module: {name for name in imports_of(ast.parse(source), module) if name in sources}
+        for module, source in sources.items()
+    }
+    try:
+        graphlib.TopologicalSorter(imported).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
 def modules() -> list[str]:
     return sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
@@ -120,6 +135,18 @@ def test_a_module_keeps_to_the_arrows_and_homes(relative: str) -> None:
     module = "moe_ext." + relative.removesuffix(".py").replace("/", ".")
     assert wrong_arrows(source, module) == []
     assert homeless(source, relative) == []
+
+
+def test_no_file_imports_one_that_imports_it() -> None:
+    named = {"moe_ext." + r.removesuffix(".py").replace("/", "."): r for r in modules()}
+    sources = {n.removesuffix(".__init__"): (PACKAGE / r).read_text() for n, r in named.items()}
+    assert circle(sources) == []
+
+
+def test_a_circle_is_seen() -> None:
+    one, other = "def f():\n    from moe_ext.b import g", "import moe_ext.a"
+    assert set(circle({"moe_ext.a": one, "moe_ext.b": other})) == {"moe_ext.a", "moe_ext.b"}
+    assert circle({"moe_ext.a": one, "moe_ext.b": "import ast"}) == []
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoConfig
 
-from moe_ext import plan
 from moe_ext.compose import CONF_DIR, ConfigError, compose_only, from_hydra, load, to_yaml
 from moe_ext.config import Placement
 from moe_ext.config_check import check_world
 from moe_ext.jobs.runs import run_id
+from moe_ext.plan import plan_of
+from moe_ext.plan_command import main
 from moe_ext.planning.candidates import make_plan, subject_of
 from tests.model.tiny import tiny_config
 from tests.planning.known import MIXTRAL_8X7B, QWEN3_30B
@@ -37,12 +38,12 @@ def planned(model_type: str, dimensions: dict, *more: str):
 
 
 def test_the_command_prints_and_writes(base, tmp_path, capsys):
-    assert plan.main([*overrides(base), "--json", str(tmp_path / "plan.json"), "--all"]) == 0
+    assert main([*overrides(base), "--json", str(tmp_path / "plan.json"), "--all"]) == 0
     out = capsys.readouterr().out
     assert out.count("* ep ") == 1
     assert "mixtral: " in out
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert plan.main([*overrides(base), "--json", "-"]) == 0
+    assert main([*overrides(base), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out) == found  # the same every time
     best = found["candidates"][found["best"]]
     assert best["fits"]
@@ -54,18 +55,18 @@ def test_the_command_prints_and_writes(base, tmp_path, capsys):
 
 
 def test_what_cannot_be_planned_is_said(base, tmp_path, capsys):
-    assert plan.main(overrides("/none")) == 2
+    assert main(overrides("/none")) == 2
     assert "base.path=/none has no config.json" in capsys.readouterr().err
-    assert plan.main([*overrides(base), "--new-share", "2"]) == 2
+    assert main([*overrides(base), "--new-share", "2"]) == 2
     assert "--new-share=2" in capsys.readouterr().err
-    assert plan.main([*overrides(base), "cluster.memory_gib=0.0001"]) == 1
+    assert main([*overrides(base), "cluster.memory_gib=0.0001"]) == 1
     assert "nothing fits: the smallest" in capsys.readouterr().out
-    assert plan.main([*overrides(base), "cluster.memory_gib=0"]) == 2
+    assert main([*overrides(base), "cluster.memory_gib=0"]) == 2
     assert "cluster.memory_gib=0.0 must be above 0" in capsys.readouterr().err
     tiny_config("mixtral").save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text().replace('"mixtral"', '"llama"')
     (tmp_path / "config.json").write_text(text)
-    assert plan.main(overrides(str(tmp_path))) == 2
+    assert main(overrides(str(tmp_path))) == 2
     assert "has no row in FAMILIES" in capsys.readouterr().err
 
 
@@ -74,7 +75,7 @@ def test_auto_is_written_into_the_resolved_configuration(base, tmp_path):
     config = load(CONF_DIR, words)
     parallel = config.parallel
     assert not parallel.auto
-    best = plan.plan_of(compose_only(CONF_DIR, words), exact=True).best
+    best = plan_of(compose_only(CONF_DIR, words), exact=True).best
     assert best is not None
     chosen = (parallel.ep_size, parallel.zero_stage, parallel.frozen_placement)
     assert chosen == (best.placed.ep_size, best.placed.zero_stage, best.placed.frozen)
@@ -94,7 +95,7 @@ def test_auto_is_written_into_the_resolved_configuration(base, tmp_path):
 
 def test_auto_spreads_what_does_not_fit_otherwise(base):
     words = overrides(base, "parallel=auto")
-    needs = plan.plan_of(compose_only(CONF_DIR, words), exact=True)
+    needs = plan_of(compose_only(CONF_DIR, words), exact=True)
     alone = min(c.memory.total for c in needs.candidates if c.placed.ep_size == 1)
     spread = min(c.memory.total for c in needs.candidates if c.placed.ep_size == 2)
     assert spread < alone
