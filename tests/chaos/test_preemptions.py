@@ -1,8 +1,10 @@
 """A run of two ranks is preempted again and again: it publishes, leaves, goes on, and ends as if nobody had.
 
-What W&B holds of it, offline, is looked at after every start: its steps never run backwards.
+What W&B holds of it, offline, is looked at after every start: its steps never run backwards, and it is one
+run, under the id that the checkpoints carry.
 """
 
+import json
 import random
 import signal
 
@@ -29,11 +31,22 @@ def recorded_steps(chaos: Chaos, name: str) -> list[int]:
     return steps
 
 
+def ids_in_checkpoints(chaos: Chaos, name: str) -> set[str]:
+    """Ids of W&B in the checkpoints of the stage that was left; none between two stages."""
+    manifests = (chaos.folder / name / "stages").glob("*/checkpoints/step-*/manifest.json")
+    return {json.loads(m.read_text())["state"]["tracking"]["wandb_id"] for m in manifests}
+
+
 def preempted(chaos: Chaos, name: str, times: int, every: int, *more: str) -> None:
-    """A run that is asked to stop so many times, by either signal, to either rank, a few steps on."""
+    """A run that is asked to stop so many times, by either signal, to either rank, a few steps on.
+
+    Half-way its checkpoints alone are left of what names it in W&B, as if carried to another place.
+    """
     rng = random.Random(times)
     known: list[int] = []
-    for _ in range(times):
+    identity, carried = "", False
+    file = chaos.folder / name / "wandb_id"
+    for number in range(times):
         # the request comes in a step; the next one hears it at its beginning and is the start's last
         kill = Kill(
             "backward",
@@ -47,11 +60,21 @@ def preempted(chaos: Chaos, name: str, times: int, every: int, *more: str) -> No
         assert steps[: len(known)] == known  # nothing that was there is gone
         assert len(steps) > len(known)
         known = steps
+        identity = identity or file.read_text()
+        assert file.read_text() == identity
+        held = ids_in_checkpoints(chaos, name)
+        assert held <= {identity}
+        if held and number >= times // 2 and not carried:
+            file.unlink()
+            carried = True
+    assert carried
     chaos.start(name, None, TRACKED, *more)
     found = chaos.evidence(name)
     # who is asked in a stage's last step leaves before the next one, with nothing to resume from
     assert times - 3 <= len(found["resumed"]) <= times
     assert recorded_steps(chaos, name) == list(range(1, len(found["steps"]) + 1))
+    folders = [folder.name for folder in file.parent.glob("wandb/offline-run-*")]
+    assert folders and all(f"-{identity}-" in folder for folder in folders)
 
 
 @pytest.fixture(autouse=True)

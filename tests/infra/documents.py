@@ -125,12 +125,12 @@ def make_checkout(folder: Path, *experiment: str) -> Checkout:
     return Checkout(folder)
 
 
-def tiny_demo(folder: Path, *more: str) -> Checkout:
+def tiny_demo(folder: Path) -> Checkout:
     """A checkout whose demonstration takes a few steps, on inputs made beside it."""
     make_inputs(folder / "inputs")
     ours = ("name=", "run_dir=", "cache_dir=", "tracking=")
     tiny = [word for word in overrides(folder / "inputs", "demo") if not word.startswith(ours)]
-    return make_checkout(folder / "checkout", "name=demo", *tiny, *more)
+    return make_checkout(folder / "checkout", "name=demo", *tiny)
 
 
 def _experiment(overrides: Sequence[str]) -> str:
