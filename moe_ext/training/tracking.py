@@ -24,6 +24,8 @@ NO_VALUES = ("event", "stage", "step", "global_step")
 """Fields of a step record that say where it belongs."""
 LINE_EVERY_S = 10.0
 """Without a terminal, a line at most every so many seconds."""
+OWNER_EVERY_S = 5.0
+"""Between two looks at whose the folder is: on a shared file system one may take as long as a step."""
 
 
 class JsonLines:
@@ -148,8 +150,10 @@ class Tracker:
         config: the resolved configuration as plain values, for W&B.
         settings: which views there are, and what is worth an alert; None: no view.
         group: joins the runs of a sweep in W&B.
-        owned: called before every record; what it raises (the folder belongs to a newer start) ends
-            the run, and nothing is written.
+        owned: called before a record, at most every OWNER_EVERY_S; what it raises (the folder belongs to a
+            newer start) ends the run, and nothing is written. So a copy that has lost the folder may add
+            lines for that long, as a killed one leaves some: of a step's lines the last counts.
+            Checkpoints and the status are fenced by themselves, exactly (`ownership.Claim.held`).
     """
 
     def __init__(
@@ -169,7 +173,7 @@ class Tracker:
         self._alerts, self._alert_settings = Alerts(settings.alerts), settings.alerts
         self._watchdog: Watchdog | None = None
         self._stage = ""
-        self._run_dir, self._owned = run_dir, owned
+        self._run_dir, self._owned, self._asked_s = run_dir, owned, -math.inf
         if not self.active:
             return
         self._lines = JsonLines(run_dir / METRICS_FILE, self.say)
@@ -284,7 +288,10 @@ class Tracker:
             self._write({"event": kind, "time": time.time(), **fields})
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._owned()
+        now_s = time.monotonic()
+        if now_s - self._asked_s >= OWNER_EVERY_S:
+            self._owned()  # raises again at the next record: only a good answer counts for a while
+            self._asked_s = now_s
         self._lines.write(record)
 
     def evaluation(self, parts: dict[str, Any], extension: Path, metadata: dict[str, Any]) -> None:

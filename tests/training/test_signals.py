@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moe_ext.config import TrackingConfig
-from moe_ext.training import ownership
+from moe_ext.training import ownership, tracking
 from moe_ext.training.ownership import StaleRunError, claim, joined, read_status
 from moe_ext.training.signals import StopFlag
 from moe_ext.training.tracking import Tracker
@@ -181,6 +182,33 @@ def test_a_stale_copy_records_nothing(tmp_path: Path) -> None:
             write()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before != b""
     assert joined(tmp_path) == owner
+
+
+def test_a_copy_that_records_looks_every_few_seconds_whose_the_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, asked = [100.0], []
+    clock = SimpleNamespace(monotonic=lambda: now_s[0], time=time.time)
+    monkeypatch.setattr(tracking, "time", clock)
+    mine = claim(tmp_path)
+
+    def owned() -> None:
+        asked.append(now_s[0])
+        mine.check()
+
+    quiet = TrackingConfig(wandb=False, progress=False)
+    tracker = Tracker(tmp_path, {}, quiet, owned=owned)
+    for now_s[0] in (100.0, 102.0, 104.9, 105.0, 109.0):
+        tracker.event("resume")
+    assert asked == [100.0, 105.0]
+    claim(tmp_path)
+    with pytest.raises(StaleRunError), mine.held():  # whoever publishes is not given those seconds
+        pass
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for now_s[0] in (110.0, 110.1):
+        with pytest.raises(StaleRunError):
+            tracker.event("resume")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def _start_together(barrier) -> None:
