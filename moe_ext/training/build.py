@@ -209,7 +209,11 @@ def heldout_manifest(config: TrainConfig) -> Path | None:
 
 @contextlib.contextmanager
 def _signs_of_life(store: dist.Store, topology: Topology) -> Iterator[None]:
-    """Inside, this rank's counter in the store goes up several times in every `timeout_s`."""
+    """Inside, this rank's counter in the store goes up several times in every `timeout_s`.
+
+    It says that the rank is at its work. That its process lives (`peers.py`) is less: for a rank that
+    hangs on its way here the others would wait without end.
+    """
     over = threading.Event()
 
     def count() -> None:
