@@ -231,18 +231,40 @@ def _exact(folder, counts=None, **changes):
     return lm
 
 
-GROUPED = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "dots1"}
-"""Their tiny configurations route by groups."""
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+GROUPED = {
+    "deepseek_v2": {"topk_method": "greedy", **ONE_GROUP},
+    **dict.fromkeys(
+        ["deepseek_v3", "deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite"], ONE_GROUP
+    ),
+}
+"""Families whose tiny configurations route by groups, and what turns these off."""
 
 
-@pytest.mark.parametrize("model_type", sorted(TINY.keys() - GROUPED))
-def test_transformers_computes_what_the_live_model_does(bases, model_type, tmp_path):
-    lm = _exact(bases(model_type))
+@pytest.fixture(scope="module")
+def ungrouped(bases, tmp_path_factory):
+    """model_type -> folder of its tiny model without groups of experts, made when asked for."""
+    made = {}
+
+    def base(model_type: str):
+        if model_type not in GROUPED:
+            return bases(model_type)
+        if model_type not in made:
+            made[model_type] = tmp_path_factory.mktemp(model_type)
+            save_tiny(made[model_type], model_type, **GROUPED[model_type])
+        return made[model_type]
+
+    return base
+
+
+@pytest.mark.parametrize("model_type", sorted(TINY))
+def test_transformers_computes_what_the_live_model_does(ungrouped, model_type, tmp_path):
+    lm = _exact(ungrouped(model_type))
     assert export_uniform(lm, tmp_path / "hf") == []
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     expected = _logits(lm)
     assert (_logits(theirs) - expected).abs().max() < 1e-5 * expected.abs().max()
-    plain = AutoModelForCausalLM.from_pretrained(bases(model_type), dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(ungrouped(model_type), dtype=torch.float32)
     assert (_logits(plain) - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
@@ -257,12 +279,9 @@ def test_low_rank_experts_are_merged(bases, model_type, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3"])
 def test_layers_with_fewer_experts_are_padded_where_the_router_has_a_bias(
-    bases, model_type, tmp_path, tmp_path_factory
+    ungrouped, model_type, tmp_path
 ):
-    base = bases(model_type)
-    if model_type == "deepseek_v3":
-        base = tmp_path_factory.mktemp("no-groups")
-        save_tiny(base, model_type, n_group=1, topk_group=1)
+    base = ungrouped(model_type)
     sparse = list(extended_layers(load_base(base, dtype=torch.float32)))
     lm = _exact(base, {sparse[0]: 2, sparse[1]: 1})
     export_uniform(lm, tmp_path / "hf")
@@ -280,7 +299,8 @@ def test_what_an_architecture_cannot_say_is_refused_with_the_reason(bases, tmp_p
     base = bases("mixtral")
     refused(_exact(base, {0: 2, 1: 1}), "different numbers of new experts .*0: 2, 1: 1, 2: 0")
     refused(_exact(bases("ernie4_5_moe"), {1: 1}), "different numbers of new experts")
-    refused(_exact(bases("deepseek_v3")), "groups of equal size")
+    for model_type in GROUPED:
+        refused(_exact(bases(model_type)), "groups of equal size")
     refused(load_base(base, dtype=torch.float32), "no extension")
     lm = _extended(base, row_init=RowInit.clone_shared, calibration=CalibrationKind.none)
     refused(lm, "clone_shared")
