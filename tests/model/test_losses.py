@@ -8,6 +8,15 @@ from moe_ext.model.context import RoutingContext
 from moe_ext.model.losses import balance_loss, router_kl, selection_counts, z_loss
 from moe_ext.model.routing import RoutingRule
 from tests.model.layers import DIM, Weights, build, sequences
+from tests.model.routers import (
+    EXTENSIONS,
+    NUM_FROZEN,
+    RULES,
+    build_router,
+    mixed,
+    open_rows,
+    route,
+)
 
 SCORES = pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 
@@ -120,6 +129,59 @@ def test_a_clone_that_shares_its_slot_is_no_divergence(score):
     hidden = torch.randn(3, 9, DIM, generator=torch.Generator().manual_seed(0))
     record = record_of(layer, sequences(3, 9, seed=1), hidden)
     torch.testing.assert_close(record.kl_sum, torch.zeros(()), atol=1e-4, rtol=0)
+
+
+def _by_the_loop(router, context: RoutingContext, x_BSD: torch.Tensor, width: int):
+    """(Balance loss, z-loss, KL from the base) of the tokens that may choose new experts.
+
+    Without an extension all count, and nothing is to be diverged from.
+    """
+    count, mean = torch.zeros(width), [torch.zeros(()) for _ in range(width)]
+    z, kl, tokens = torch.zeros(()), torch.zeros(()), 0
+    for b, s in (context.segment_BS != 0).nonzero().tolist():
+        found = open_rows(router, context, b, s)
+        if router.rows and not found:
+            continue
+        x, tokens = x_BSD[b, s].float(), tokens + 1
+        routed, base = route(router, x, found), route(router, x, [])
+        count[routed.chosen] += 1
+        total = sum(routed.share.values())  # one, but for scores of their own
+        for expert, share in routed.share.items():
+            mean[expert] = mean[expert] + share / total
+        z = z + torch.stack(list(routed.logit.values())).logsumexp(0).square()
+        slots = {e: sum(routed.share[m] for m in members) for e, members in routed.slot.items()}
+        of_base = sum(base.share.values())
+        for e in range(NUM_FROZEN):
+            was, now = base.share[e] / of_base, slots[e] / total
+            kl = kl + was * (was / now).log()
+    balance = width * (count / count.sum() * torch.stack(mean) / tokens).sum()
+    return balance, z / tokens, kl / tokens
+
+
+@pytest.mark.parametrize("added", EXTENSIONS.values(), ids=EXTENSIONS.keys())
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_of_every_rule_and_extension_they_are_the_loop_s(rule, added):
+    """Biases, corrections and groups of the base too; gradients as well as values."""
+    router, context = build_router(rule, added), mixed()
+    context.with_losses = True
+    generator = torch.Generator().manual_seed(1)
+    x_BSD = torch.randn(*context.segment_BS.shape, DIM, generator=generator).to(rule.dtype)
+    router(x_BSD.view(-1, DIM), context, 0)
+    record = context.records[0]
+    counts = selection_counts(record)
+    ours = [balance_loss(record.prob_sum_X, counts), z_loss(record.z_sum, counts[-1])]
+    theirs = _by_the_loop(router, context, x_BSD, NUM_FROZEN + 2 * len(added))
+    if not added:
+        assert router_kl(record, counts[-1]) is None
+        torch.testing.assert_close(ours, list(theirs[:2]))
+        return
+    ours.append(router_kl(record, counts[-1]))
+    for mine, his in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, his, rtol=1e-5, atol=1e-6)
+        wanted = [p for n, p in router.named_parameters() if "calibration" not in n]
+        got = torch.autograd.grad(mine, wanted, retain_graph=True)
+        expected = torch.autograd.grad(his, wanted, retain_graph=True)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_free_balancing_moves_the_choice_of_new_experts_and_nothing_else():
