@@ -7,9 +7,10 @@ here, D hidden width, I intermediate width.
 An expert is a gated MLP: `weight * down(act(gate_up(x)))`. The routing weight multiplies where rows
 are summed by token, the output here and the input's gradient in backward, and costs no pass of its
 own; its gradient is taken at the activation and needs no expert output.
-Saved for backward: `gate_up(x)` (R, 2I), the routing weights (R) and the row order (3 R + T int64);
-of a trainable bank also the reference to `x` (T, D). Nothing else; no copy of expert weights is
-ever made, and a frozen bank has no weight gradient.
+Saved for backward: `gate_up(x)` (R, 2I), the routing weights (R) and the row order (3 R + T int64,
+R of them a view of all slots' order, which the banks of a layer share; a flag a token, a count an
+expert); of a trainable bank also the reference to `x` (T, D). Nothing else; no copy of expert
+weights is ever made, and a frozen bank has no weight gradient.
 
 Without a grouped GEMM (CPUs) a pass takes some experts at a time, as many as the caches hold: the
 gathered rows, the activations and their gradients are used again before they leave the cache, and

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from moe_ext.config import Placement
 from moe_ext.model import experts
+from moe_ext.model.activations import APART_FROM_WIDTH
 from moe_ext.model.experts import ExpertShape, FrozenBank, NewBank
+from moe_ext.model.row_plan import Bags, RowPlan
 from tests.model.layers import rows_of
 
 NUM, DIM, WIDE, TOKENS = 4, 32, 48, 20
@@ -67,22 +69,46 @@ def test_groups_give_what_the_loop_gives(monkeypatch, kind, dtype, activation, b
         assert (loop - groups).abs().max() <= tolerance * max(float(loop.abs().max()), 1e-3)
 
 
+def _storages(value: object) -> dict[int, int]:
+    """Place -> bytes of the memory behind every tensor that a value leads to."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    if isinstance(value, RowPlan | Bags):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return {}
+    return {place: size for one in value for place, size in _storages(one).items()}
+
+
+@pytest.mark.parametrize("wide", [WIDE, APART_FROM_WIDTH], ids=["side by side", "apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_trainable_bank_saves_what_is_stated(dtype):
-    """`gate_up(x)` and a weight a row; of all else references, no copy."""
-    bank = NewBank(ExpertShape(DIM, WIDE), list(range(NUM)), NUM, Placement.replicate, dtype=dtype)
+@pytest.mark.parametrize("bank_type", [NewBank, FrozenBank])
+def test_a_bank_saves_what_is_stated(bank_type, dtype, wide):
+    """`gate_up(x)`, a weight and the order a row; of all else references, no copy."""
+    bank = bank_type(
+        ExpertShape(DIM, wide), list(range(NUM)), NUM, Placement.replicate, dtype=dtype
+    )
     x = torch.randn(TOKENS, DIM, dtype=dtype, requires_grad=True)
     weight, ids_TS = torch.rand(TOKENS, 2, requires_grad=True), _ids("an idle expert")
-    saved: dict[int, Tensor] = {}
+    saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor
+        saved.update(_storages(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        bank(x, weight, rows_of(bank, ids_TS))
-    known = {t.untyped_storage().data_ptr() for t in (x, weight, *bank.parameters())}
+        y = bank(x, weight, rows_of(bank, ids_TS))
+    known = _storages([x, weight, *bank.parameters(), *bank.buffers()])
     rows = int((ids_TS >= 0).sum())
-    own = sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in known)
-    assert own == rows * (2 * WIDE * dtype.itemsize + 4)
-    assert x.untyped_storage().data_ptr() in saved, "the input is saved by reference"
+    own = sum(size for place, size in saved.items() if place not in known)
+    assert own == rows * (2 * wide * dtype.itemsize + 4)
+    by_reference = x.untyped_storage().data_ptr() in saved
+    assert by_reference == (bank_type is NewBank)
+
+    # what no hook sees: the plan, whose first column is a view of the order of all slots
+    order = 8 * (2 * rows + ids_TS.numel() + TOKENS)
+    counts, flags = 8 * NUM, TOKENS
+    assert sum(_storages(vars(y.grad_fn)).values()) == order + counts + flags
