@@ -3,6 +3,7 @@
 import os
 import resource
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from moe_ext.training import publishing
 from moe_ext.training.checkpoint import CheckpointError, Piece, Published, Snapshot, published
+from moe_ext.training.ownership import claim
 from moe_ext.training.publishing import Publisher, publish, write_tensors
 from tests.ranks import run_ranks
 
@@ -131,6 +133,41 @@ def test_a_copy_that_lost_the_folder_touches_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="newer start"):
         publish(tmp_path, "step-4", _snapshot(torch.ones(1)), owning=refuse)
     assert theirs.is_dir()
+
+
+def _files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("when", ["before it writes", "before it renames"])
+def test_a_stale_copy_of_a_requeued_job_changes_no_file(tmp_path, monkeypatch, when):
+    """Slurm started the job again elsewhere; the copy that it believes dead comes to its next checkpoint."""
+    folder = tmp_path / "stages" / "tune" / "checkpoints"
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    stale = claim(tmp_path)
+    theirs = Publisher(token=stale.token, owning=stale.held)
+    publish(folder, "step-2", _snapshot(torch.ones(3)), owning=stale.held)
+    if when == "before it renames":
+        theirs.start(folder, "step-4", _snapshot(torch.full((3,), 9.0)), keep=1)
+        while not theirs.vote:
+            time.sleep(0.01)
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    newer = claim(tmp_path)
+    newer.write_status("running", "tune", 4)
+    (folder / "step-4").mkdir()  # what the newer start has published, and what it is writing
+    (folder / "step-4" / "file").write_text("whole")
+    unfinished = folder / f".step-6.{newer.token[:8]}.partial"
+    unfinished.mkdir()
+    (unfinished / "file").write_text("half")
+    before = {p: b for p, b in _files(tmp_path).items() if stale.token[:8] not in str(p)}
+
+    if when == "before it writes":
+        theirs.start(folder, "step-4", _snapshot(torch.full((3,), 9.0)), keep=1)
+    with pytest.raises(CheckpointError, match=r"StaleRunError: .* newer start .*job 12 restart 1"):
+        theirs.wait()
+    assert _files(tmp_path) == before
+    assert not any(stale.token[:8] in path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8])
