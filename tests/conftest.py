@@ -32,8 +32,11 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
         tmp_path_factory.mktemp("demo"),
         "tracking.wandb_project=project",
         "tracking.tensorboard=true",
-        "tracking.alerts.window=2",
+        "tracking.alerts.window=2",  # so strict that nearly every rule finds something
         "tracking.alerts.loss_spike=1.0001",
+        "tracking.alerts.gradient_spike=1.0001",
+        "tracking.alerts.slow_loader=0.000001",
+        "tracking.alerts.stalled_s=0.05",
         "stages.tune.router_kl_coefficient=0.01",
     )
     (line,) = lines_of("finished_demo")

@@ -15,7 +15,7 @@ from moe_ext.plan import plan_of
 from moe_ext.planning.candidates import evaluate
 from moe_ext.planning.memory import RankMemory
 from moe_ext.planning.table import KINDS, size
-from moe_ext.training.views import without_secrets
+from moe_ext.training.redact import without_secrets
 
 
 def describe(run: PlannedRun, num_ranks: int, num_nodes: int) -> str:

@@ -1,8 +1,9 @@
 """Views of a run beside its JSONL: W&B and TensorBoard. Neither can stop or hang a run.
 
-A view that fails turns itself off with one line on the console. Since the JSONL is the record, a view is
-made whole from it: what a killed process had not written yet is sent again by the next start, and no
-step is sent twice or backwards.
+A view that fails turns itself off with one line on the console. A lock keeps it to one thread at a time:
+the watchdog's alert may be what opens it. Since the JSONL is the record, a view is made whole from it:
+what a killed process had not written yet is sent again by the next start, and no step is sent twice or
+backwards.
 
 Each stage is a run of its own in W&B (`job_type`), all of them and the evaluation in one group; each is
 a folder of its own in TensorBoard. Names of values carry no stage, so that one panel serves them all.
@@ -12,59 +13,20 @@ import base64
 import contextlib
 import io
 import os
-import re
 import secrets
 import shutil
-import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from moe_ext.training.redact import clean_arguments, without_secrets
+
 ID_FILE = "wandb_id"
-SECRET_KEY = re.compile(r"(?i)(^|[_.-])(api_?key|key|token|secret|password|passwd|credentials?)$")
-SECRET_IN_URL = (
-    (re.compile(r"(?<=://)[^/@\s]+(?=@)"), "***"),
-    (
-        re.compile(r"(?i)([?&][^=&\s]*(?:signature|token|key|secret|credential)[^=&\s]*=)[^&\s]+"),
-        r"\1***",
-    ),
-)
 Values = dict[str, float]
 History = Callable[[str], Iterable[tuple[int, Values]]]
 """Stage -> (global step, values) of what the JSONL holds of it, in order of step, each step once."""
-
-
-def without_secrets(value: Any, key: str = "") -> Any:
-    """A configuration as others may see it: no text under a key that names a secret, no password and
-    no signature in a URL."""
-    if isinstance(value, dict):
-        return {str(k): without_secrets(v, str(k)) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_secrets(v, key) for v in value]
-    if not isinstance(value, str) or not value:
-        return value
-    if SECRET_KEY.search(key):
-        return "***"
-    for pattern, instead in SECRET_IN_URL:
-        value = pattern.sub(instead, value)
-    return value
-
-
-@contextlib.contextmanager
-def clean_arguments() -> Iterator[None]:
-    """Inside, sys.argv holds no secret: neither in an override `key=value` nor in a URL."""
-
-    def clean(argument: str) -> str:
-        key, is_override, value = argument.partition("=")
-        return f"{key}={without_secrets(value, key)}" if is_override else without_secrets(argument)
-
-    kept = sys.argv
-    sys.argv = [*kept[:1], *map(clean, kept[1:])]
-    try:
-        yield
-    finally:
-        sys.argv = kept
 
 
 class Wandb:
@@ -74,7 +36,8 @@ class Wandb:
         config: the resolved configuration as plain values; secrets are taken out here.
         history: what the JSONL holds, for what W&B lacks of a stage.
         group: joins the runs of a sweep; empty: the stages of this run are the group.
-        timeout_s: longest wait for the server at a stage's start, and twice that at its end.
+        timeout_s: longest wait for the server at a stage's start, and twice that at its end; three times
+            where the client does not end by itself.
     """
 
     def __init__(
@@ -91,9 +54,11 @@ class Wandb:
     ):
         self._dir, self._config, self._say, self._history = run_dir, config, say, history
         self._project, self._entity, self._group = project, entity, group
+        self._last_s = 3 * timeout_s
         self._timeouts = {"init_timeout": timeout_s, "finish_timeout": 2 * timeout_s}
         self._run: Any = None
         self._stage, self._last_step = "", -1
+        self._lock = threading.RLock()
         self._off = os.environ.get("WANDB_MODE") == "disabled"
         self._modes = ["online", "offline"] if _may_be_online() else ["offline"]
         self.id = ""
@@ -102,11 +67,12 @@ class Wandb:
 
     def enter(self, stage: str, known_id: str = "") -> None:
         """From here on values belong to this stage; `known_id` is the id that a checkpoint holds."""
-        if stage != self._stage:
-            self.finish()
-        self._stage = stage
-        if not self.id:
-            self.id = self._identity(known_id)
+        with self._lock:
+            if stage != self._stage:
+                self.finish()
+            self._stage = stage
+            if not self.id:
+                self.id = self._identity(known_id)
 
     def log(self, values: Values, step: int) -> None:
         """Values of a step; a step that W&B has already is left out."""
@@ -149,15 +115,35 @@ class Wandb:
 
     def finish(self, code: int = 0, resumable: bool = False) -> None:
         """End the stage's run, waiting for its last values no longer than the time-out."""
-        run, self._run = self._run, None
-        if run is None:
-            return
-        try:
-            if resumable:
-                run.mark_preempting()
-            run.finish(exit_code=code)
-        except Exception as error:
-            self._turn_off(error)
+        with self._lock:
+            run, self._run = self._run, None
+            if run is None:
+                return
+            try:
+                if resumable:
+                    run.mark_preempting()
+                self._end(run, code)
+            except Exception as error:
+                self._turn_off(error)
+
+    def _end(self, run: Any, code: int) -> None:
+        """The client's own time-out does not count while an alert waits for a server that hangs."""
+        errors: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                run.finish(exit_code=code)
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=finish, name="wandb-finish", daemon=True)
+        thread.start()
+        thread.join(self._last_s)
+        if thread.is_alive():
+            _kill_service()  # this process's end would wait for it as well
+            raise TimeoutError(f"its server did not answer for {self._last_s:g} s")
+        if errors:
+            raise errors[0]
 
     # ---- opening -----------------------------------------------------------------------------
 
@@ -235,18 +221,29 @@ class Wandb:
             self._last_step = step
 
     def _guard(self, call: Callable[[Any], Any]) -> None:
-        if self._run is None and not self._off:
-            self._open()
-        if self._run is None:
-            return
-        try:
-            call(self._run)
-        except Exception as error:  # its service died, its disk is full, ...
-            self._turn_off(error)
+        with self._lock:
+            if self._run is None and not self._off:
+                self._open()
+            if self._run is None:
+                return
+            try:
+                call(self._run)
+            except Exception as error:  # its service died, its disk is full, ...
+                self._turn_off(error)
 
     def _turn_off(self, error: BaseException) -> None:
         self._run, self._off = None, True
         self._say(f"W&B is off from here on: {type(error).__name__}: {_first_line(error)}")
+
+
+def _kill_service() -> None:
+    """End the process that talks to W&B's server for this one."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.name().startswith("wandb-core"):
+                child.kill()
 
 
 def _may_be_online() -> bool:
@@ -290,12 +287,13 @@ class TensorBoard:
         self._folder, self._history, self._say = run_dir / "tensorboard", history, say
         self._writer: Any = None
         self._stage, self._last_step, self._flushed = "", -1, 0.0
-        self._off = False
+        self._lock, self._off = threading.RLock(), False
 
     def enter(self, stage: str, known_id: str = "") -> None:
-        if stage != self._stage:
-            self.finish()
-        self._stage = stage
+        with self._lock:
+            if stage != self._stage:
+                self.finish()
+            self._stage = stage
 
     def log(self, values: Values, step: int) -> None:
         self._guard(lambda writer: self._log(writer, values, step))
@@ -332,11 +330,12 @@ class TensorBoard:
         """TensorBoard keeps no artifacts."""
 
     def finish(self, code: int = 0, resumable: bool = False) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with contextlib.suppress(Exception):
-                self._flush(writer)
-                writer.close()
+        with self._lock:
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                with contextlib.suppress(Exception):
+                    self._flush(writer)
+                    writer.close()
 
     def _open(self) -> None:
         try:
@@ -368,14 +367,15 @@ class TensorBoard:
         self._flushed = time.monotonic()
 
     def _guard(self, call: Callable[[Any], Any]) -> None:
-        if self._writer is None and not self._off:
-            self._open()
-        if self._writer is None:
-            return
-        try:
-            call(self._writer)
-        except Exception as error:
-            self._turn_off(error)
+        with self._lock:
+            if self._writer is None and not self._off:
+                self._open()
+            if self._writer is None:
+                return
+            try:
+                call(self._writer)
+            except Exception as error:
+                self._turn_off(error)
 
     def _turn_off(self, error: BaseException) -> None:
         self._writer, self._off = None, True

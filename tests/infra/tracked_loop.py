@@ -1,7 +1,7 @@
 """A training loop without training: the real tracker and the real W&B client around nothing.
 
     python -m tests.infra.tracked_loop RUN_DIR [--from N] [--to N] [--kill-at N] [--stop-at N]
-        [--kill-service-at N] [--timeout S] [--pause S] [--note KEY=VALUE]
+        [--kill-service-at N] [--timeout S] [--pause S] [--dead-expert N] [--note KEY=VALUE]
 
 It ends with 0 and the line `done`, whatever W&B does.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from moe_ext.config import TrackingConfig
+from moe_ext.config import AlertConfig, TrackingConfig
 from moe_ext.training.tracking import Tracker
 
 CONFIG = {"seed": 3, "data": {"token": "do-not-show"}}
@@ -31,6 +31,7 @@ def record(step: int) -> dict:
         "data_wait_s": 0.0,
         "step_s": 0.1,
         "text": {"load": {3: 1.0 + step}},
+        "new_expert_share": {3: [0.1, 0.0]},
     }
 
 
@@ -44,9 +45,11 @@ def main() -> int:
     parser.add_argument("--kill-service-at", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=15)
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--dead-expert", type=int, default=0, help="records until its alert")
     parser.add_argument("--note", help="does nothing; W&B sees it on the command line")
     options = parser.parse_args()
-    settings = TrackingConfig(progress=False, wandb_timeout_s=options.timeout)
+    alerts = AlertConfig(dead_expert=options.dead_expert)
+    settings = TrackingConfig(progress=False, wandb_timeout_s=options.timeout, alerts=alerts)
     tracker = Tracker(options.run_dir, CONFIG, settings, group=os.environ.get("MOE_EXT_GROUP", ""))
     tracker.enter("tune")
     for step in range(options.first, options.to + 1):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_ext.batch import IGNORED_LABEL, Batch
-from moe_ext.config import StageConfig, TrackingConfig
+from moe_ext.config import AlertConfig, StageConfig, TrackingConfig
 from moe_ext.data import Loader, SampleBuilder, ShardStream, TooManyBadSamples, write_shards
 from moe_ext.model.multimodal import Output
 from moe_ext.model.routing import LayerRecord, RoutingContext
@@ -77,15 +78,17 @@ class _Engine:
         return self.steps not in self.bad, 1.0
 
 
-def _train(engine, tmp_path, **settings):
+def _train(engine, tmp_path, loader=None, alerts=None, **settings):
     stage = StageConfig(learning_rate=1.0, sequences_per_rank=2, **settings)
     saved, position = [], loop.Position()
-    tracker = Tracker(tmp_path, {}, TrackingConfig(wandb=False, progress=False))
+    views = TrackingConfig(wandb=False, progress=False, alerts=alerts or AlertConfig())
+    tracker = Tracker(tmp_path, {}, views)
+    tracker.enter("tune")
     finished = loop.train(
         "tune",
         stage,
         engine,
-        _Loader(),
+        loader or _Loader(),
         tracker,
         position,
         lambda at: saved.append(at.step),
@@ -116,6 +119,29 @@ def test_the_loss_is_a_mean_over_the_steps_targets(one_rank, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     step = [r for r in records if r["event"] == "step"][-1]
     assert (step["real_token_share"], step["truncated_samples"]) == (1.0, 3)
+
+
+class _Hanging(_Loader):
+    """Waits before its second batch."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        yield next(batches)
+        time.sleep(1.0)
+        yield from batches
+
+
+def test_a_loader_that_hangs_is_told_of_while_it_does(one_rank, tmp_path, capsys):
+    finished, _, _ = _train(
+        _Engine(), tmp_path, steps=3, loader=_Hanging(), alerts=AlertConfig(stalled_s=0.3)
+    )
+    assert finished
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kinds = [r["rule"] if r["event"] == "alert" else r["event"] for r in records]
+    assert kinds == ["step", "stalled", "step", "step"], records
+    text = records[1]["text"]
+    assert text.startswith("[tune] no step for ") and "tracking.alerts.stalled_s=0.3" in text
+    assert f"ALERT {text}" in capsys.readouterr().out
 
 
 def test_bad_steps_are_counted(one_rank, tmp_path):

@@ -1,12 +1,15 @@
 """W&B and TensorBoard are views: made whole from the JSONL, without secrets, and unable to stop a run."""
 
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 
 import pytest
 
-from moe_ext.training.views import ID_FILE, TensorBoard, Wandb, without_secrets
+from moe_ext.training.redact import without_secrets
+from moe_ext.training.views import ID_FILE, TensorBoard, Wandb
 
 
 class FakeRun:
@@ -14,12 +17,15 @@ class FakeRun:
 
     def __init__(self, error=None, step=0):
         self.error, self.step, self.resumed = error, step, step > 0
-        self.logged, self.code, self.preempting = [], None, False
+        self.logged, self.alerts, self.code, self.preempting = [], [], None, False
 
     def log(self, values, step):
         if self.error:
             raise self.error
         self.logged.append((step, values))
+
+    def alert(self, title, text, level):
+        self.alerts.append(title)
 
     def mark_preempting(self):
         self.preempting = True
@@ -76,6 +82,30 @@ def test_without_a_network_it_goes_offline_and_later_stages_do_not_wait_again(
     settings = module.calls[0]["settings"]
     assert settings["init_timeout"] <= 15
     assert settings["finish_timeout"] <= 30  # its default waits for ever
+
+
+def test_a_stall_and_a_step_at_once_open_it_once(tmp_path, monkeypatch):
+    """The watchdog tells of the first step, which ends while W&B is still being opened for that."""
+    run, said = FakeRun(), []
+    module = _fake(monkeypatch, [run, FakeRun()])
+    init, opening = module.init, threading.Event()
+
+    def slow_init(**options):
+        opening.set()
+        time.sleep(0.3)
+        return init(**options)
+
+    module.init = slow_init
+    view = _open(tmp_path, said)
+    watchdog = threading.Thread(target=view.alert, args=("stalled", "no step for 300 s"))
+    watchdog.start()
+    assert opening.wait(30)
+    view.log({"x": 1}, 1)
+    watchdog.join(30)
+    view.finish()
+    assert len(module.calls) == 1
+    assert (run.alerts, run.logged, run.code) == (["stalled"], [(1, {"x": 1})], 0)
+    assert len(said) == 1  # that it records offline
 
 
 @pytest.mark.parametrize(("mode", "calls"), [("", ["offline"]), ("disabled", [])])

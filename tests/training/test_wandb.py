@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.infra.tracked_loop import record
-from tests.infra.wandb_records import history_of
+from tests.infra.wandb_records import history_of, records_of
 from tests.infra.wandb_server import WandbServer
 
 pytest.importorskip("wandb")
@@ -64,6 +64,13 @@ CASES = {
     "401 at the start": ("401", 0, {}, (), "W&B online failed"),
     "500 later": ("500", 1, {}, ("--pause", "0.2"), None),
     "hangs later": ("hang", 1, {}, ("--pause", "0.2"), None),
+    "hangs at an alert": (
+        "hang",
+        1,
+        {},
+        ("--pause", "0.2", "--dead-expert", "15"),
+        "W&B is off from here on: TimeoutError",
+    ),
     "its service is killed": (
         "none",
         0,
@@ -163,13 +170,20 @@ def test_online_a_killed_run_goes_on_in_the_same_run_without_gaps(tmp_path: Path
 
 
 def test_an_offline_run_is_synced_later_as_it_was(tmp_path: Path) -> None:
-    """`wandb sync` of the offline folder: id, group, job type and every step arrive; no secret does."""
+    """`wandb sync` of the offline folder: id, group, job type, every step and the alert arrive; no secret
+    does."""
     run_dir = tmp_path / "run"
     offline = environment(tmp_path / "home", key="") | {"MOE_EXT_GROUP": "sweep-1"}
     start(run_dir, offline, "--to", "7", "--kill-at", "7").communicate(timeout=240)
-    note = ("--note", "data.hf_token=do-not-show")
+    note = ("--note", "data.hf_token=do-not-show", "--dead-expert", "6")
     start(run_dir, offline, "--from", "4", "--to", "10", *note).communicate(timeout=240)
     folders = sorted((run_dir / "wandb").glob("offline-run-*"))
+    told = [r["alert"] for folder in folders for r in records_of(folder) if r["type"] == "alert"]
+    assert [alert["title"] for alert in told] == ["dead_expert"]
+    assert (
+        "[tune] step 9: 1 new expert(s) got no token in 6 records, first number 1 of layer 3"
+        in (told[0]["text"])
+    )
     with WandbServer() as server:
         words = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
         online = environment(tmp_path / "home", url=server.url)
@@ -181,5 +195,7 @@ def test_an_offline_run_is_synced_later_as_it_was(tmp_path: Path) -> None:
         assert run == f"{(run_dir / 'wandb_id').read_text()}-tune"
         (about, *_) = server.variables("UpsertBucket")
         assert (about["groupName"], about["jobType"]) == ("sweep-1", "tune")
+        sent = [told["title"] for told in server.variables("NotifyScriptableRunAlert")]
+        assert set(sent) == {"dead_expert"}
         assert "do-not-show" not in json.dumps(server.operations)
         assert "***" in json.dumps(about["config"])
