@@ -1,7 +1,7 @@
 """The audit bites: known errors of training code, planted one by one into a real stage on two ranks.
 
 Each plant changes code that the stage runs, the whole rest is real: base, data, engine, loop. It has to
-be named by the audit on both ranks; a loss that differs is not looked at. Three stages without a plant
+be named by the audit on both ranks; a loss that differs is not looked at. Stages without a plant (HEALTHY)
 show that nothing is named without a reason. docs/audit.md has the same table for readers.
 """
 
