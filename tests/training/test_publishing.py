@@ -5,16 +5,19 @@ import resource
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from moe_ext.training import publishing
+from moe_ext.training import publishing, saving
 from moe_ext.training.checkpoint import CheckpointError, Piece, Published, Snapshot, published
+from moe_ext.training.loop import Position
 from moe_ext.training.ownership import claim
 from moe_ext.training.publishing import Publisher, publish, write_tensors
+from moe_ext.training.saving import Saver
 from tests.ranks import run_ranks
 
 
@@ -50,6 +53,43 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, held_writer):
     sizes = [file.stat().st_size for file in (tmp_path / "step-1").glob("rank-*")]
     assert reports[0].bytes == sum(sizes)
     assert publisher.vote == 0.0
+
+
+def test_an_event_tells_how_long_training_stood_still_and_how_long_it_was_written(
+    tmp_path, held_writer, monkeypatch
+):
+    events, publisher = [], Publisher()
+    run = SimpleNamespace(
+        topology=SimpleNamespace(world_size=1),
+        tracker=SimpleNamespace(event=lambda kind, **f: events.append((kind, f)), state=dict),
+        config=SimpleNamespace(keep_checkpoints=None),
+        identity=lambda name: {},
+        stage_folder=lambda name: tmp_path / name,
+        publisher=publisher,
+        others=frozenset(),
+    )
+    pieces = _snapshot(torch.ones(5)).pieces
+    monkeypatch.setattr(saving.resume, "pieces_of", lambda engine, chosen: (pieces, 0))
+    monkeypatch.setattr(saving, "statics_of", lambda model, others: {})
+    monkeypatch.setattr(saving, "status", lambda *_: None)
+    monkeypatch.setattr(
+        saving.dist, "all_gather_object", lambda all_, own: all_.__setitem__(0, own)
+    )
+    monkeypatch.setattr(saving, "merge_states", lambda states: states)
+    loader = SimpleNamespace(state_dict=lambda: {"position": 0})
+    save = Saver(run, "tune", None, [], None, loader)
+    began = time.perf_counter()
+    save(Position(step=2))
+    stood_still_s = time.perf_counter() - began
+    time.sleep(0.2)
+    held_writer.set()
+    publisher.wait()
+    ((kind, fields),) = events
+    assert (kind, fields["stage"], fields["step"]) == ("checkpoint", "tune", 2)
+    assert 0 < fields["stall_s"] <= stood_still_s
+    assert fields["write_s"] >= 0.2
+    files = (tmp_path / "tune" / "checkpoints" / "step-0000002").glob("*.safetensors")
+    assert fields["bytes"] == sum(file.stat().st_size for file in files)
 
 
 def test_the_next_one_waits_for_the_one_before(tmp_path, held_writer):

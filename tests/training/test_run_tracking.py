@@ -128,6 +128,15 @@ def test_the_record_s_and_the_console_s_alerts_are_there(run_dir: Path, stages: 
     assert sorted(record["text"] for record in sent) == sorted(alert["text"] for alert in alerts)
 
 
+def test_every_checkpoint_is_in_the_record(run_dir: Path) -> None:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    events = [r for r in map(json.loads, lines) if r["event"] == "checkpoint"]
+    assert [e["step"] for e in events if e["stage"] == "tune"] == list(range(2, 13, 2))
+    assert {e["stage"] for e in events} == {"align", "probe", "tune"}
+    assert all(event["stall_s"] > 0 and event["write_s"] > 0 for event in events)
+    assert all(event["bytes"] > 0 for event in events)
+
+
 def test_the_resolved_configuration_is_there(stages: dict) -> None:
     for record in stages.values():
         config = json.dumps(record.get("config", []) + record["run"])
