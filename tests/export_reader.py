@@ -1,9 +1,11 @@
 """What a reader of an exported folder does, in a process of its own that has nothing of ours.
 
-python -I tests/export_reader.py FOLDER...: each holds the folder `out` and `asked.pt`, and gets `answers.pt`.
+python -I tests/export_reader.py FOLDER...: each holds the folder `folder` and `asked.pt`, and gets
+`answers.pt`.
 """
 
 import importlib.abc
+import os
 import sys
 
 OURS = ("moe_ext", "tests", "deepspeed", "hydra", "omegaconf", "webdataset")
@@ -29,8 +31,8 @@ def read(folder: str) -> None:
     from PIL import Image
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/out", trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/out")
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/folder", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/folder")
     given = torch.load(f"{folder}/asked.pt")
     answer = {
         "class": type(model).__name__,
@@ -45,6 +47,9 @@ def read(folder: str) -> None:
                 for name, asked in given["prompts"].items()
             }
         answer["inputs"], answer["from an image"] = inputs, model(**inputs).logits
+    if "page" in given:
+        os.chdir(folder)
+        exec(given["page"], {"image": Image.new("RGB", (9, 5), "red")})
     answer["ours"] = sorted(name for name in sys.modules if name.partition(".")[0] in OURS)
     torch.save(answer, f"{folder}/answers.pt")
 

@@ -1,6 +1,8 @@
 """Extensions as folders: saved and loaded back, and exported to the base's own architecture."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from moe_ext.config import CalibrationKind, ExpertType, ExtensionConfig, Placement, RowInit, Scope
-from moe_ext.export import load_extension, save_extension
+from moe_ext.export import load_extension, read_manifest, save_extension
 from moe_ext.export_hf import export_uniform
 from moe_ext.model.connectors import Connector
 from moe_ext.model.context import RoutingContext
@@ -175,6 +177,25 @@ def test_runs_that_call_their_modality_1_stand_side_by_side(bases, tmp_path):
         ):
             load_extension(load_base(base, dtype=torch.float32), tmp_path / "vision",
                            modality_ids=wrong)  # fmt: skip
+
+
+def test_the_page_s_example_runs_as_it_stands(tmp_path, monkeypatch):
+    """Two extensions on one base, from Python (docs/extension.md)."""
+    page = Path(__file__).parents[1] / "docs" / "extension.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base", "mixtral")
+    for name, modality in (("vision", "image"), ("sound", "sound")):
+        connector = nn.ModuleDict({modality: Connector(5, 1536, 32)})
+        save_extension(_extended("base", name=name), f"runs/{name}/extension", connectors=connector)
+    encoders = {f"{kind}_encoder": nn.Module() for kind in ("image", "sound")}
+    for encoder in encoders.values():
+        encoder.feature_dim = 5
+    names = dict(encoders)
+    exec(code, names)
+    assert read_manifest("both")["connectors"] == ["image", "sound"]
+    assert read_manifest("both")["extensions"].keys() == {"vision", "sound"}
+    assert list(extended_layers(names["lm"])[0].new) == ["vision"]
 
 
 def test_loading_leaves_what_trains_as_it_is(bases, tmp_path):

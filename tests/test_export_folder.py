@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from moe_ext.batch import Batch
 from moe_ext.config import CalibrationKind, EncoderConfig, ExpertType, ExtensionConfig, Scope
 from moe_ext.export import save_extension
 from moe_ext.export_folder import bundled_code, export_folder
+from moe_ext.model import families
 from moe_ext.model.connectors import Connector
 from moe_ext.model.encoders import build_encoder
 from moe_ext.model.extend import (
@@ -35,6 +37,7 @@ from tests.model.tiny import TINY, save_tiny
 from tests.training.tiny import make_inputs
 
 PATCHES, LENGTH = 4, 12
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 READER = Path(__file__).with_name("export_reader.py")
 LOW_RANK = {"expert_type": ExpertType.lora, "lora_rank": 2}
 NAMED = {
@@ -166,7 +169,7 @@ def _exported(folder: Path, families: list[str], tmp_path_factory) -> dict[str, 
         model, encoder = _live(folder, family)
         save_extension(model.lm, place / "extension", connectors=model.connectors)
         encoders = {"image": encoder}
-        export_folder(folder / family, place / "extension", place / "out", encoders=encoders)
+        export_folder(folder / family, place / "extension", place / "folder", encoders=encoders)
         width, cases = model.lm.config.vocab_size - 5, {"text": False, "images": True}
         passes = {name: _batch(images, False, width) for name, images in cases.items()}
         prompts = {name: _batch(images, True, width) for name, images in cases.items()}
@@ -175,6 +178,8 @@ def _exported(folder: Path, families: list[str], tmp_path_factory) -> dict[str, 
             "prompts": {name: _asked(batch) for name, batch in prompts.items()},
             "text": "A picture of",
         }
+        if family == "qwen2_moe":  # the page's example runs where nothing of ours is, too
+            _, given["page"] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
         torch.save(given, place / "asked.pt")
         made[family] = Exported(model, passes, prompts, {})
     outside = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -280,6 +285,11 @@ def test_the_command_writes_each_form(folder, tmp_path, capsys):
     refused("name the folder of its base with --base", str(extension), str(tmp_path / "new"))
     refused("is no extension", str(folder / "tower" / "none"), str(tmp_path / "new"))
     refused("scope=preserve", str(extension), str(tmp_path / "new"), "--form", "checkpoint", *base)
+
+
+def test_the_row_on_the_page_is_mixtral_s():
+    row, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    assert eval("{" + row + "}", dict(vars(families))) == {"mixtral": families.FAMILIES["mixtral"]}
 
 
 def test_the_code_in_the_folder_needs_nothing_but_its_own_files():
