@@ -2,6 +2,7 @@
 (`tests/infra/documents.py`), launches are planned with exactly their words, files, options and messages exist."""
 
 import ast
+import itertools
 import re
 import shlex
 import sysconfig
@@ -12,11 +13,24 @@ from pathlib import Path
 import pytest
 
 from moe_ext import cli, launch
+from moe_ext.benchmarks.commands import BENCHMARKS
 from moe_ext.compose import CONF_DIR, expand, load, parser
 from moe_ext.config import ExtensionConfig
+from moe_ext.export_command import FORMS
 from moe_ext.model.families import FAMILIES
-from tests.infra.documents import EXECUTED_BY, NOT_EXECUTED, PAGES, commands, entry_of, executed_by
+from tests.infra.documents import (
+    EXECUTED_BY,
+    NOT_EXECUTED,
+    PAGES,
+    SAID_BY,
+    commands,
+    entry_of,
+    executed_by,
+    said,
+)
 from tests.infra.machine import ROOT
+
+CI = ROOT / ".ci" / "run"
 
 
 def starting(*words: str) -> list[str]:
@@ -51,6 +65,36 @@ def test_no_command_hides_outside_of_the_blocks() -> None:
         assert re.findall(rf"^    {programs}.*", prose, re.M) == [], page.name
         quoted = re.findall(rf"`({programs}[^`]*\b(?:runs/|experiment=)[^`]*)`", prose)
         assert set(quoted) <= set(commands()), page.name
+
+
+def test_every_entry_of_sentences_has_its_commands() -> None:
+    assert len(said()) > 20
+    assert {next((k for k in SAID_BY if re.match(k, line)), line) for line in said()} == set(
+        SAID_BY
+    )
+
+
+@pytest.mark.parametrize("line", said())
+def test_a_command_of_a_sentence_is_executed_by_a_test_or_says_why_not(line: str) -> None:
+    who = next(SAID_BY[beginning] for beginning in SAID_BY if re.match(beginning, line))
+    if who.startswith(".ci/run"):
+        name = who.partition(": ")[2]
+        ours = [text for text in CI.read_text().splitlines() if text.strip().startswith(name)]
+        assert re.search(rf"\b{line}\b(?!-)", "\n".join(ours)), who
+    elif not who.startswith(NOT_EXECUTED):
+        file, _, function = who.partition("::")
+        assert f"def {function}(" in (ROOT / file).read_text(), who
+    words = line.split()
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:.*## ", (ROOT / "Makefile").read_text(), re.M)
+    if words[:2] == ["moe-ext", "bench"]:
+        assert set(words[2:3] + line.split(" | ")[1:]) <= set(BENCHMARKS)
+    for form in (after for word, after in itertools.pairwise(words) if word == "--form"):
+        assert form in FORMS
+    for path in (word for word in words if word.startswith("tests/")):
+        assert (ROOT / path).exists()
+    for extra in re.findall(r"\[(\w+)\]", line):
+        assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
 
 
 @pytest.mark.parametrize("line", starting("moe-ext launch"))

@@ -56,6 +56,34 @@ EXECUTED_BY: dict[str, str] = {
 }
 """Beginning of a command (a pattern; the first that fits counts) -> who executes it, or why nobody can."""
 
+SAID_BY: dict[str, str] = {
+    "make help": NOT_EXECUTED + "it prints the Makefile's own lines",
+    "make (install|test|demo-smoke|test-slurm|test-hosts|test-docker-cpu)$": ".ci/run: step",
+    "make (demo|demo-seeds|test-docker|test-store|test-slow)$": ".ci/run: skip",
+    "make test-(slurm|hosts)-slow": NOT_EXECUTED + "minutes to hours",
+    "make chaos": NOT_EXECUTED + "hours; tests/chaos has the same with fewer kills",
+    "pip install": NOT_EXECUTED + "it asks a package registry; the extras it names are looked up",
+    "pytest -m gpu": NOT_EXECUTED + "it needs a GPU",
+    "pytest tests/model": NOT_EXECUTED
+    + "tests do not start themselves; what it names is looked up",
+    "moe-ext bench layer": "tests/benchmarks/test_layer.py::test_command_writes_every_ratio_and_sample",
+    "moe-ext bench stream": "tests/benchmarks/test_stream.py::test_command",
+    "moe-ext bench (checkpoint|plan)": NOT_EXECUTED + "a measurement of minutes",
+    "moe-ext export": "tests/test_export_folder.py::test_the_command_writes_each_form",
+}
+"""The same for commands that sentences name, in the form of a kind and not to be pasted as they stand."""
+
+SAID = "(?:make|pip install|pytest|moe-ext bench|moe-ext export) "
+
+
+def said() -> list[str]:
+    """What sentences of the pages name of the programs of SAID, each once, in order."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        found |= dict.fromkeys(re.findall(rf"`({SAID}[^`]+)`", prose))
+    return list(found)
+
 
 def commands() -> list[str]:
     """All commands of all pages, each once, in order, without their comments."""
