@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.infra.docker_engine import DockerEngine
 from tests.infra.documents import lines_of
+
+MOST_BYTES = 1_900_000_000
+"""Of the CPU image with a torch for CPUs; docs/docker.md says 1.7 GB."""
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +43,8 @@ def built(engine: DockerEngine) -> Callable[[str], str]:
             log = engine.sh(line, TORCH_INDEX=index)
         (engine.folder / f"build-{kind}.log").write_text(log)
         size = engine.docker("image", "inspect", "-f", "{{.Size}}", f"moe_ext:{kind}")
+        if kind == "cpu" and torch.version.cuda is None:
+            assert int(size) <= MOST_BYTES, f"{int(size):,} bytes"
         seconds = time.monotonic() - began
         print(f"moe_ext:{kind}: {int(size) / 1e6:.0f} MB, built in {seconds:.0f} s")
         return f"moe_ext:{kind}"
