@@ -136,12 +136,12 @@ def test_the_lock_lies_within_the_ranges_of_setup() -> None:
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+    return set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.M))
 
 
 def test_make_targets_in_the_documents_exist() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / ".ci" / "run"]:
-        named = set(re.findall(r"(?:^|`|^step \S+ )make ([a-z][a-z-]*)", path.read_text(), re.M))
+        named = set(re.findall(r"(?:^|`|^step \S+ )make ([a-z][a-z0-9-]*)", path.read_text(), re.M))
         assert named <= targets(), path
 
 

@@ -153,12 +153,12 @@ def make_checkout(folder: Path, *experiment: str) -> Checkout:
     return Checkout(folder)
 
 
-def tiny_demo(folder: Path) -> Checkout:
+def tiny_demo(folder: Path, *more: str) -> Checkout:
     """A checkout whose demonstration takes a few steps, on inputs made beside it."""
     make_inputs(folder / "inputs")
     ours = ("name=", "run_dir=", "cache_dir=", "tracking=")
     tiny = [word for word in overrides(folder / "inputs", "demo") if not word.startswith(ours)]
-    return make_checkout(folder / "checkout", "name=demo", *tiny)
+    return make_checkout(folder / "checkout", "name=demo", *tiny, *more)
 
 
 def _experiment(overrides: Sequence[str]) -> str:
