@@ -26,15 +26,17 @@ TORCH_OPTIONS := --extra-index-url $(TORCH_INDEX)
 endif
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# One file's tests stay in one process: starting ranks is slow, and two at once would share 2 cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Half of the time one file's tests wait: two files at a time, in the order of tests/conftest.py. The tests
+# of minutes have the machine to themselves.
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 # A free port, since the launcher's own (29500) may be another run's.
 PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 TRAIN = $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --master_port $(PORT) --module moe_ext.train
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-slurm-slow test-hosts \
-	test-hosts-slow test-store test-nf4 test-docker test-docker-cpu \
+	test-hosts-slow test-store test-bitsandbytes test-docker test-docker-cpu \
 	chaos lint format typecheck clean
 
 help:  ## list the commands
@@ -81,7 +83,7 @@ demo-seeds: install  ## the demonstration with three seeds, and each without new
 	PATH="$(CURDIR)/$(BIN):$$PATH" launchers/seeds.sh $(SEEDS)
 
 test: install  ## everything that needs neither root nor minutes
-	$(PYTEST) tests
+	$(PYTEST) $(TOGETHER) tests
 
 test-slow: install  ## tests of minutes
 	$(PYTEST) -m slow tests
@@ -110,7 +112,7 @@ test-store: install  ## the stream against moto's S3 server (installs it)
 	$(PIP) install --quiet --no-deps --requirement tests/requirements-s3.txt
 	$(PYTEST) tests/data/test_s3.py
 
-test-nf4: install  ## frozen experts in bitsandbytes' 4 bits (installs it)
+test-bitsandbytes: install  ## frozen experts in bitsandbytes' 4 bits (installs it)
 	$(PIP) install --quiet --no-deps $(NF4)
 	$(PYTEST) tests/model/test_nf4.py
 

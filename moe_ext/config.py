@@ -374,7 +374,7 @@ class TrackingConfig:
     wandb_project: str = "moe_ext"
     wandb_entity: str = ""
     wandb_timeout_s: float = 15.0
-    """Longest wait for W&B's server at a stage's start, and twice that at its end."""
+    """Longest wait for W&B's server at a stage's start, and three times that at its end."""
     tensorboard: bool = False
     """Event files in `run_dir`/tensorboard, a folder a stage; needs the extra `tensorboard`."""
     alerts: AlertConfig = field(default_factory=AlertConfig)

@@ -13,10 +13,13 @@ import torch
 
 from tests.infra.documents import Checkout, lines_of, tiny_demo
 
+LONGEST = ("test_audit.py", "test_chain.py", "test_launch.py", "test_wandb.py", "test_docs_run.py")
+"""Files of a minute each, which begin early, so that several workers end at about the same time."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # tests/chaos forks this process, which must hold no process group of another test
-    items.sort(key=lambda item: "chaos" not in item.path.parts)
+    items.sort(key=lambda item: ("chaos" not in item.path.parts, item.path.name not in LONGEST))
     if torch.cuda.is_available():
         return
     for item in items:

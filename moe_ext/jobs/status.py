@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cancel", action="store_true", help="end the runs at once, without a checkpoint"
     )
     ending.add_argument(
-        "--check", action="store_true", help="name the runs that failed or were killed; code 1 if any"
+        "--check",
+        action="store_true",
+        help="name the runs that failed or were killed; code 1 if any",
     )
     options = parser.parse_args(argv)
     if (options.stop or options.cancel) and options.folder is None:

@@ -47,7 +47,7 @@ def preempted(chaos: Chaos, name: str, times: int, every: int, *more: str) -> No
     identity, carried = "", False
     file = chaos.folder / name / "wandb_id"
     for number in range(times):
-        # the request comes in a step; the next one hears it at its beginning and is the start's last
+        # the request comes in the backward pass of a step, which is the start's last
         kill = Kill(
             "backward",
             rng.randrange(2),

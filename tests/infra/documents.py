@@ -58,7 +58,7 @@ EXECUTED_BY: dict[str, str] = {
 
 SAID_BY: dict[str, str] = {
     "make help": NOT_EXECUTED + "it prints the Makefile's own lines",
-    "make (install|test|demo-smoke|test-slurm|test-hosts|test-docker-cpu)$": ".ci/run: step",
+    "make (install|test|demo-smoke|test-slurm|test-hosts|test-docker-cpu|test-bitsandbytes)$": ".ci/run: step",
     "make (demo|demo-seeds|test-docker|test-store|test-slow)$": ".ci/run: skip",
     "make test-(slurm|hosts)-slow": NOT_EXECUTED + "minutes to hours",
     "make chaos": NOT_EXECUTED + "hours; tests/chaos has the same with fewer kills",
@@ -67,6 +67,7 @@ SAID_BY: dict[str, str] = {
     "pytest tests/model": NOT_EXECUTED
     + "tests do not start themselves; what it names is looked up",
     "moe-ext bench layer": "tests/benchmarks/test_layer.py::test_command_writes_every_ratio_and_sample",
+    "moe-ext bench step": "tests/benchmarks/test_step.py::test_command_writes_every_ratio_and_sample",
     "moe-ext bench stream": "tests/benchmarks/test_stream.py::test_command",
     "moe-ext bench (checkpoint|plan)": NOT_EXECUTED + "a measurement of minutes",
     "moe-ext export": "tests/test_export_folder.py::test_the_command_writes_each_form",
