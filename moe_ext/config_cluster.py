@@ -17,17 +17,17 @@ class ClusterConfig:
     """Memory of a rank."""
     usable_share: float = 0.9
     """Share of it that tensors may take; the rest is the allocator's, the kernels' and the driver's."""
-    intra_gb_per_s: float = 1.0
+    intra_gb_per_s: float = 1.4
     """10^9 bytes a second that a rank sends to the others of its node, one direction."""
-    inter_gb_per_s: float = 1.0
+    inter_gb_per_s: float = 1.4
     """The same to ranks of other nodes."""
-    intra_latency_us: float = 100.0
+    intra_latency_us: float = 260.0
     """What an exchange inside a node costs whatever it carries."""
-    inter_latency_us: float = 100.0
+    inter_latency_us: float = 260.0
     """The same where it crosses nodes."""
-    peak_tflops: float = 0.1
+    peak_tflops: float = 0.18
     """10^12 products and sums a second of a rank in the run's precision."""
-    achieved_share: float = 0.4
+    achieved_share: float = 0.44
     """Share of `peak_tflops` that a training step reaches (its MFU)."""
 
     @property

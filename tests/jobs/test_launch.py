@@ -343,7 +343,7 @@ def test_the_local_launcher_stops_on_request_and_goes_on(tmp_path: Path) -> None
     )
 
 
-def test_a_run_that_is_under_way_is_not_started_again_and_can_be_cancelled(
+def test_a_run_under_way_is_not_started_again_and_without_its_launcher_can_be_cancelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -351,16 +351,27 @@ def test_a_run_that_is_under_way_is_not_started_again_and_can_be_cancelled(
         *("experiment=demo", "launcher.ranks_per_node=2", "parallel.ep_size=2", "chain=[align]"),
         *("stages.align.steps=5000", "launcher.module=tests.infra.toy_run"),
     ]
+    log = tmp_path / "log"
     process = subprocess.Popen(
-        [sys.executable, "-m", "moe_ext.launch", *words], env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, "-m", "moe_ext.launch", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=log.open("w"),
     )
     wait_until(lambda: bool(list(tmp_path.glob("runs/*/metrics.jsonl"))), 400, "the first step")
     (run_dir,) = tmp_path.glob("runs/*")
     assert launch.main(words) == 2  # two starts would take the folder from each other
     assert f"process {process.pid} here has it under way" in capsys.readouterr().err
     assert len(of_run(run_dir / "launch" / "resolved.yaml")) >= 4  # two of deepspeed's, two ranks
+    (node,) = (
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "deepspeed.launcher.launch" in child.cmdline()
+    )
+    node.kill()
+    assert process.wait(60) == 1  # deepspeed itself exits 0, and its ranks go on, unwatched
+    assert "the launcher ended with code 0 and the run is not finished" in log.read_text()
+    assert len(of_run(run_dir / "launch" / "resolved.yaml")) == 2
     assert status.main([str(run_dir), "--cancel"]) == 0
-    assert process.wait(60) == 1
     assert not of_run(run_dir / "launch" / "resolved.yaml")
     assert [row.state for row in collect(tmp_path)] == ["cancelled"]
     assert status.main([str(run_dir), "--stop"]) == 1  # there is nothing left to stop
