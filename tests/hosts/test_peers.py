@@ -135,7 +135,6 @@ def test_the_stopped_rank_by_which_all_met_is_named(start: Callable[[str], Job])
     assert "rank 0 (host n1) does not answer" in job.error()
 
 
-@pytest.mark.slow
 def test_a_killed_peer_is_named_at_once(start: Callable[[str], Job]) -> None:
     job = start("killed")
     job.train_until(3)
