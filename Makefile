@@ -27,8 +27,8 @@ endif
 endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-# Half of the time one file's tests wait: two files at a time, in the order of tests/conftest.py. The tests
-# of minutes have the machine to themselves.
+# A file's tests wait half of their time, so two files run at a time, in the order of tests/conftest.py.
+# The slow tests have the machine to themselves.
 TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 # A free port, since the launcher's own (29500) may be another run's.
 PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -100,11 +100,11 @@ test-slurm-slow: install  ## those of minutes
 	tests/infra/require.sh $(SLURM)
 	$(PYTEST) -m "slurm and slow" tests
 
-test-hosts: install  ## two hosts with a network each: the launcher, a stopped peer (root)
+test-hosts: install  ## two hosts with a network each: the launcher, a stopped and a killed peer (root)
 	tests/infra/require.sh $(HOSTS)
 	$(PYTEST) -m "hosts and not slow" tests
 
-test-hosts-slow: install  ## those of minutes: dead, stopped and cut-off peers
+test-hosts-slow: install  ## those of minutes: the rank by which all met is stopped, the network is cut
 	tests/infra/require.sh $(HOSTS)
 	$(PYTEST) -m "hosts and slow" tests
 

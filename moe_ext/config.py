@@ -1,4 +1,4 @@
-"""Every setting of a run and its meaning.
+"""Every setting of a run and its meaning; those of launcher and cluster have files of their own.
 
 A command composes YAML with Hydra and turns the result into these dataclasses once (`compose.py`);
 deeper code gets numbers. A wrong type or an unknown key is refused by them as the schema, an impossible

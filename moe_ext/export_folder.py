@@ -143,7 +143,7 @@ def _flat(module: str) -> str:
 
 
 def _settings_code(names: set[str]) -> str:
-    """The classes of `config.py` that the others use, without what it needs to meet Hydra."""
+    """The classes of `config.py` that the others use, without its import of OmegaConf."""
     source = _path(CONFIG).read_text()
     classes = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)}
     wanted, waiting = set(), sorted(names)

@@ -50,7 +50,6 @@ HOMES: dict[str, set[str]] = {
         "model/specialise.py",
         "model/encoders.py",
         "model/multimodal.py",  # the cache and the type of the language model it calls
-        "model/export.py",
         "data/samples.py",
         "data/commands.py",  # a tokenizer that measures lengths
         "export.py",

@@ -15,8 +15,7 @@ under DeepSpeed ZeRO-2. All engines live in one pair of processes and step in tu
   plays no part, both under ZeRO-2; AutoEP shards its experts over the two ranks and trains all of
   them (it refuses to mix).
 
-One shape, at the load that random routers give: what padding, the exchange, ZeRO and the optimizer cost
-depends on neither much; shapes and loads are those of `bench layer`.
+One shape, at the load that random routers give; other shapes and loads are measured by `bench layer` alone.
 
 CPU time is that of both ranks, all threads; a ratio is the median over repetitions. Of our own steps the
 operations of all matrix products are counted, too, and set against what plain products reach.

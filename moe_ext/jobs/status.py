@@ -15,6 +15,9 @@ from moe_ext.jobs.processes import is_gone
 from moe_ext.jobs.slurm import Submitted
 from moe_ext.training.ownership import STATUS_FILE, read_status
 
+DIED = ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+"""Slurm's words for jobs that ended by an error."""
+
 
 @dataclass
 class Row:
@@ -61,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.folder or Path("runs")
     standings = survey(folder)
     if options.check:
-        bad = [found for found in map(row, standings) if found.state in ("failed", "gone")]
+        bad = [found for found in map(row, standings) if has_failed(found)]
         for found in bad:
-            print(f"{found.run}: {found.state} {found.error}".rstrip())
+            print(f"{found.run}: {found.state or found.slurm} {found.error}".rstrip())
         return 1 if bad else 0
     if not standings:
         print(f"no runs at or below {folder}")
@@ -117,6 +120,11 @@ def row(standing: Standing) -> Row:
     if not error and submitted is not None and (over or not state) and state != "finished":
         error = error_line(submitted.log)
     return Row(run_dir.name, job, word, state, stage, step, loss, error)
+
+
+def has_failed(found: Row) -> bool:
+    """Whether it failed or was killed; a job that died before its first word is known by Slurm's."""
+    return found.state in ("failed", "gone") or (not found.state and found.slurm.startswith(DIED))
 
 
 def last_step(run_dir: Path) -> tuple[str, str, str]:

@@ -4,7 +4,7 @@
 node process was killed exits 0). `owner.json` names the start that owns the folder. A job that a
 scheduler believes dead and starts again elsewhere may still be running: the newest start takes the
 folder over, and the older copy is refused wherever it wants to write (`Claim.check`, `Claim.held`);
-for lines of metrics.jsonl within seconds (`tracking.py`). Of one Slurm job the newest start is the
+for lines of metrics.jsonl within five seconds (`tracking.py`). Of one Slurm job the newest start is the
 one with the highest restart count, in whatever order they arrive; else it is the last that came.
 
 A lock makes "still mine?" and the write that depends on it one thing for all processes, on all hosts

@@ -1,9 +1,10 @@
-"""Stop requests: a signal or a file sets a flag, all ranks agree at a step's end, publish, and leave together.
+"""Stop requests: a signal or a file sets a flag, all ranks agree once a step, publish at its end, and leave.
 
 Slurm sends SIGUSR2 some time before a time limit and at a preemption (launchers/slurm.sbatch asks for
 it), a person sends SIGTERM, a terminal SIGINT. A launcher and `moe-ext jobs --stop` leave a file in the
 run's folder, which rank 0 looks for: it reaches ranks on any host, also while they are still starting.
-Neither may interrupt a collective: they only set the flag, and the loop asks once a step:
+Neither may interrupt a collective: they only set the flag. The training loop sends it along in the
+reduction between backward and step (`loop.step_numbers`); other loops ask:
 
     with StopFlag(run_dir / STOP_FILE) as stop:
         for step in ...:
@@ -70,7 +71,7 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank was asked. Ranks may differ: act on `agreed` only."""
+        """Whether this rank was asked. Ranks may differ: act on what all agreed on."""
         now = time.monotonic()
         if self._request is not None and not self.for_good and now - self._looked >= LOOK_EVERY_S:
             self._looked = now

@@ -114,7 +114,7 @@ class Wandb:
         self._guard(send)
 
     def finish(self, code: int = 0, resumable: bool = False) -> None:
-        """End the stage's run, waiting for its last values no longer than the time-out."""
+        """End the stage's run, waiting for its last values for at most three times `timeout_s`."""
         with self._lock:
             run, self._run = self._run, None
             if run is None:

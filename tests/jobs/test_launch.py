@@ -303,6 +303,19 @@ def test_jobs_shows_where_runs_stand(tmp_path: Path) -> None:
     assert "RuntimeError" in error_line(log)
 
 
+@pytest.mark.parametrize(
+    ("state", "word", "bad"),
+    [
+        ("running", "RUNNING", False), ("", "PENDING", False), ("", "", False),
+        ("finished", "COMPLETED", False), ("cancelled", "CANCELLED", False),
+        ("failed", "", True), ("gone", "", True), ("", "OUT_OF_MEMORY", True),
+        ("", "FAILED, 2 later CANCELLED", True),
+    ],
+)  # fmt: skip
+def test_a_failed_run_is_known_by_its_own_word_or_slurms(state: str, word: str, bad: bool) -> None:
+    assert status.has_failed(status.Row("one", "7", word, state, "", "", "", "")) is bad
+
+
 def test_the_plan_has_the_planners_memory_of_the_configured_placement() -> None:
     """Halving the experts a rank halves their bytes; the rest of a rank's base is what it was."""
     one = memory_of(load(CONF_DIR, ["experiment=demo"]), 2)
