@@ -35,7 +35,7 @@ PORT = $(shell $(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("12
 TRAIN = $(BIN)/deepspeed --quiet --num_accelerators $(RANKS) --master_port $(PORT) --module moe_ext.train
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-smoke demo-seeds test test-slow test-slurm test-slurm-slow test-hosts \
+.PHONY: help install programs demo demo-smoke demo-seeds test test-slow test-slurm test-slurm-slow test-hosts \
 	test-hosts-slow test-store test-bitsandbytes test-docker test-docker-cpu \
 	chaos lint format typecheck clean
 
@@ -91,6 +91,9 @@ test-slow: install  ## tests of minutes
 # What these need; installed where it is missing.
 SLURM := slurmctld:slurm-wlm srun:slurm-client munged:munge
 HOSTS := sshd:openssh-server pdsh:pdsh ip:iproute2 iptables:iptables
+
+programs:  ## install Slurm, sshd, pdsh and what else test-slurm and test-hosts need (root)
+	tests/infra/require.sh $(SLURM) $(HOSTS)
 
 test-slurm: install  ## jobs on a real Slurm on loopback (root; installs Slurm if missing)
 	tests/infra/require.sh $(SLURM)

@@ -58,7 +58,8 @@ EXECUTED_BY: dict[str, str] = {
 
 SAID_BY: dict[str, str] = {
     "make help": NOT_EXECUTED + "it prints the Makefile's own lines",
-    "make (install|test|demo-smoke|test-slurm|test-hosts|test-docker-cpu|test-bitsandbytes)$": ".ci/run: step",
+    "make (install|test|demo-smoke|test-docker-cpu|test-bitsandbytes)$": ".ci/run: step",
+    "make test-(slurm|hosts)$": ".ci/run: two_steps",
     "make (demo|demo-seeds|test-docker|test-store|test-slow)$": ".ci/run: skip",
     "make test-(slurm|hosts)-slow": NOT_EXECUTED + "minutes to hours",
     "make chaos": NOT_EXECUTED + "hours; tests/chaos has the same with fewer kills",
