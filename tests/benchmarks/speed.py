@@ -85,7 +85,8 @@ def layer_aims() -> str:
         where = ", ".join(word for word in (shape, LOAD_NAMES[load] if load else "") if word)
         cells = [between(measured[d], 2) for d in DTYPES]
         cells += [f"{sum(value >= least for value in every)} of {len(every)}"]
-        cells += [between(bounds[d], 2) for d in DTYPES]
+        bounded = peer != "flop_ceiling"  # our own layer on both sides
+        cells += [between(bounds[d], 2) if bounded else "" for d in DTYPES]
         rows.append(
             f"| {NAMES[peer]}{': ' + where if where else ''} | {least} | {' | '.join(cells)} |"
         )

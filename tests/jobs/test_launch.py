@@ -331,6 +331,7 @@ def test_the_plan_has_the_planners_memory_of_the_configured_placement() -> None:
     assert one in [c.memory for c in plan.candidates if c.placed.ep_size == 1]
 
 
+@pytest.mark.slow  # over a hostfile tests/hosts/test_hostfile.py shows the same
 def test_the_local_launcher_stops_on_request_and_goes_on(tmp_path: Path) -> None:
     words = [
         *(sys.executable, "-m", "moe_ext.launch", "experiment=demo", "launcher.ranks_per_node=2"),
