@@ -198,8 +198,10 @@ def planned(folder: Path, case: Case, world: int, rank: int, share: float) -> Ra
     encoders = [encoder_sizes(encoder, CONNECTOR_DIM, base.hidden_dim)]
     live, element = base.num_layers, case.dtype.itemsize
     work = Work(ROWS, LENGTH, 1, case.accumulation, False, share, live, element)
+    lists = case.hot_lists(base.sparse_layers)  # a number for every sparse layer, or none at all
+    hot = tuple(len(lists.get(layer, ())) for layer in base.sparse_layers) if lists else ()
     placed = Placed(
-        case.ep_size, Placement.shard, case.placement, case.stage, case.frozen_bits, case.hot
+        case.ep_size, Placement.shard, case.placement, case.stage, case.frozen_bits, hot
     )
     return rank_memory(base, extension, encoders, list(case.train), placed, work, world, rank)
 
