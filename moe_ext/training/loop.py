@@ -254,14 +254,15 @@ def step_numbers(
     asked = shares.new_tensor([float(stop_requested)])
     together = torch.cat([shares, engine.part_squares(), asked])
     dist.all_reduce(together)
-    losses, squares, votes = together.split([len(LOSSES), len(engine.parts), 1])
+    numbers = together.tolist()  # the device is waited for once
+    squares, votes = numbers[len(LOSSES) : -1], numbers[-1]
     of_part = dict.fromkeys(engine.parts, 0.0)  # a part may have a group a precision
-    for part, square in zip(engine.parts, squares.tolist(), strict=True):
+    for part, square in zip(engine.parts, squares, strict=True):
         of_part[part] += square
     return (
-        dict(zip(LOSSES, losses.tolist(), strict=True)),
+        dict(zip(LOSSES, numbers[: len(LOSSES)], strict=True)),
         {part: math.sqrt(square) for part, square in of_part.items()},
-        votes.item() > 0,
+        votes > 0,
     )
 
 
