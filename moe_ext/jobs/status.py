@@ -64,10 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.folder or Path("runs")
     standings = survey(folder)
     if options.check:
-        bad = [found for found in map(row, standings) if has_failed(found)]
-        for found in bad:
-            print(f"{found.run}: {found.state or found.slurm} {found.error}".rstrip())
-        return 1 if bad else 0
+        code = 0
+        for standing in standings:
+            state, error = state_of(standing)
+            word = standing.submitted.word if standing.submitted else ""
+            if has_failed(state, word):
+                print(f"{standing.run_dir.name}: {state or word} {error}".rstrip())
+                code = 1
+        return code
     if not standings:
         print(f"no runs at or below {folder}")
         return 1
@@ -108,23 +112,29 @@ def collect(folder: Path) -> list[Row]:
 
 def row(standing: Standing) -> Row:
     run_dir, submitted = standing.run_dir, standing.submitted
-    status = read_status(run_dir)
+    job, word = (submitted.current, submitted.word) if submitted else ("", "")
+    state, error = state_of(standing)
     stage, step, loss = last_step(run_dir)
+    return Row(run_dir.name, job, word, state, stage, step, loss, error)
+
+
+def state_of(standing: Standing) -> tuple[str, str]:
+    """The run's own word for how it stands, and its error line; its records are not read."""
+    run_dir, submitted = standing.run_dir, standing.submitted
+    status = read_status(run_dir)
     state = status.state if status is not None else ""
     error = status.error if status is not None and state == "failed" else ""
-    job = submitted.current if submitted else ""
-    word = submitted.word if submitted else ""
-    over = submitted is not None and bool(word) and not submitted.alive
+    over = submitted is not None and bool(submitted.word) and not submitted.alive
     if state == "running" and (over or is_gone(run_dir)):
         state = "gone"  # it ended without a word: killed
     if not error and submitted is not None and (over or not state) and state != "finished":
         error = error_line(submitted.log)
-    return Row(run_dir.name, job, word, state, stage, step, loss, error)
+    return state, error
 
 
-def has_failed(found: Row) -> bool:
-    """Whether it failed or was killed; a job that died before its first word is known by Slurm's."""
-    return found.state in ("failed", "gone") or (not found.state and found.slurm.startswith(DIED))
+def has_failed(state: str, word: str) -> bool:
+    """Whether a run failed or was killed; a job that died before its first word is known by Slurm's."""
+    return state in ("failed", "gone") or (not state and word.startswith(DIED))
 
 
 def last_step(run_dir: Path) -> tuple[str, str, str]:

@@ -313,7 +313,7 @@ def test_jobs_shows_where_runs_stand(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_failed_run_is_known_by_its_own_word_or_slurms(state: str, word: str, bad: bool) -> None:
-    assert status.has_failed(status.Row("one", "7", word, state, "", "", "", "")) is bad
+    assert status.has_failed(state, word) is bad
 
 
 def test_the_plan_has_the_planners_memory_of_the_configured_placement() -> None:
