@@ -2,17 +2,16 @@
 them anew."""
 
 import json
-import re
 import statistics
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from moe_ext.benchmarks.report import TARGETS, case_name, spread
 from moe_ext.benchmarks.workload import LOADS, SHAPES
+from tests.infra.machine import ROOT
+from tests.infra.tables import with_table
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("speed.md", "placement.md"))]
 RESULTS = ROOT / "moe_ext" / "benchmarks" / "results"
 DTYPES = ("fp32", "bf16")
@@ -105,7 +104,7 @@ def layer_rates() -> str:
             for load in LOADS:
                 case = cases[case_name(shape, load, dtype)]
                 rate, ours = case["achieved"], statistics.median(case["samples"]["ours"]["cpu_s"])
-                alone = statistics.median(medians("products", shape, [load], dtype))
+                (alone,) = medians("products", shape, [load], dtype)
                 rows.append(
                     f"| {shape} | {LOAD_NAMES[load].split(' (')[0]} | {dtype} | {1e3 * ours:.0f} | {rate['gflops']:.0f} | "
                     f"{rate['gflops'] / peak:.0%} | {rate['of_rows']:.0%} | {alone:.0%} |"
@@ -163,10 +162,7 @@ TABLES = (layer_ratios, layer_aims, layer_rates, step_ratios, step_rates, plan_s
 def written(page: str) -> str:
     """The page with its tables made anew; everything else as it is."""
     for make in TABLES:
-        block = re.compile(rf"(<!-- {make.__name__} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if block.search(page):
-            table = make()
-            page = block.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", page)
+        page = with_table(page, make.__name__, make)
     return page
 
 

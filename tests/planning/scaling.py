@@ -1,8 +1,6 @@
 """The tables of docs/scaling.md, made by the planner: `python -m tests.planning.scaling` writes them anew."""
 
-import re
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 from transformers import AutoConfig
 
@@ -12,9 +10,11 @@ from moe_ext.config_cluster import ClusterConfig
 from moe_ext.planning.candidates import Candidate, Plan, Subject, evaluate, make_plan, subject_of
 from moe_ext.planning.memory import Placed
 from moe_ext.planning.table import describe, nothing_fits
+from tests.infra.machine import ROOT
+from tests.infra.tables import with_table
 from tests.planning.known import BASES
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
+PAGE = ROOT / "docs" / "scaling.md"
 WORK = (
     "base=folder", "base.path=/nowhere", "data.builtin=openmoji", "data.max_length=4096",
     "stages.tune.sequences_per_rank=1", "parallel.activation_checkpointing=true",
@@ -119,10 +119,9 @@ def written(page: str) -> str:
     """The page with its tables made anew; everything else as it is."""
     found = subjects()
     for make in (best_placements, across_nodes, hot_experts):
-        block = re.compile(rf"(<!-- {make.__name__} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert block.search(page), f"docs/scaling.md has no place for {make.__name__}"
-        table = make(found)
-        page = block.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", page)
+        name = make.__name__
+        assert f"<!-- {name} -->" in page, f"docs/scaling.md has no place for {name}"
+        page = with_table(page, name, partial(make, found))
     return page
 
 
