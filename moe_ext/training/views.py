@@ -29,7 +29,36 @@ History = Callable[[str], Iterable[tuple[int, Values]]]
 """Stage -> (global step, values) of what the JSONL holds of it, in order of step, each step once."""
 
 
-class Wandb:
+class _View:
+    """Opened at the first call, by one thread at a time; off with one line after a failure."""
+
+    def __init__(self, name: str, say: Callable[[str], None]):
+        self._name, self._say = name, say
+        self._opened: Any = None
+        """W&B's run of the stage, or TensorBoard's writer."""
+        self._lock, self._off = threading.RLock(), False
+
+    def _open(self) -> None:
+        """Set `_opened`, or turn the view off."""
+        raise NotImplementedError
+
+    def _guard(self, call: Callable[[Any], Any]) -> None:
+        with self._lock:
+            if self._opened is None and not self._off:
+                self._open()
+            if self._opened is None:
+                return
+            try:
+                call(self._opened)
+            except Exception as error:  # its service died, its disk is full, ...
+                self._turn_off(error)
+
+    def _turn_off(self, error: BaseException) -> None:
+        self._opened, self._off = None, True
+        self._say(f"{self._name} is off from here on: {type(error).__name__}: {_first_line(error)}")
+
+
+class Wandb(_View):
     """W&B that can neither stop nor hang: offline without a key or a network, off after an error.
 
     Args:
@@ -52,13 +81,12 @@ class Wandb:
         say: Callable[[str], None] = print,
         timeout_s: float = 15.0,
     ):
-        self._dir, self._config, self._say, self._history = run_dir, config, say, history
+        super().__init__("W&B", say)
+        self._dir, self._config, self._history = run_dir, config, history
         self._project, self._entity, self._group = project, entity, group
         self._last_s = 3 * timeout_s
         self._timeouts = {"init_timeout": timeout_s, "finish_timeout": 2 * timeout_s}
-        self._run: Any = None
         self._stage, self._last_step = "", -1
-        self._lock = threading.RLock()
         self._off = os.environ.get("WANDB_MODE") == "disabled"
         self._modes = ["online", "offline"] if _may_be_online() else ["offline"]
         self.id = ""
@@ -116,7 +144,7 @@ class Wandb:
     def finish(self, code: int = 0, resumable: bool = False) -> None:
         """End the stage's run, waiting for its last values for at most three times `timeout_s`."""
         with self._lock:
-            run, self._run = self._run, None
+            run, self._opened = self._opened, None
             if run is None:
                 return
             try:
@@ -170,7 +198,7 @@ class Wandb:
             try:
                 before = self._offline_folders(run_id)
                 with clean_arguments():  # it records the command line
-                    self._run = wandb.init(
+                    self._opened = wandb.init(
                         mode=mode, settings=self._settings(wandb), **self._about(run_id)
                     )
                 break
@@ -185,9 +213,9 @@ class Wandb:
         try:
             # Online, the server knows where an earlier start ended. Offline nothing does, and a killed
             # process has lost what it had not written: this folder is made whole and replaces them.
-            self._last_step = self._run.step - 1 if self._run.resumed else -1
+            self._last_step = self._opened.step - 1 if self._opened.resumed else -1
             for step, values in self._history(self._stage):
-                self._log(self._run, values, step)
+                self._log(self._opened, values, step)
             for folder in before:
                 shutil.rmtree(folder, ignore_errors=True)
         except Exception as error:
@@ -213,27 +241,10 @@ class Wandb:
     def _offline_folders(self, run_id: str) -> list[Path]:
         return sorted((self._dir / "wandb").glob(f"offline-run-*-{run_id}"))
 
-    # ---- guarding ----------------------------------------------------------------------------
-
     def _log(self, run: Any, values: Values, step: int) -> None:
         if step > self._last_step:
             run.log(values, step=step)
             self._last_step = step
-
-    def _guard(self, call: Callable[[Any], Any]) -> None:
-        with self._lock:
-            if self._run is None and not self._off:
-                self._open()
-            if self._run is None:
-                return
-            try:
-                call(self._run)
-            except Exception as error:  # its service died, its disk is full, ...
-                self._turn_off(error)
-
-    def _turn_off(self, error: BaseException) -> None:
-        self._run, self._off = None, True
-        self._say(f"W&B is off from here on: {type(error).__name__}: {_first_line(error)}")
 
 
 def _kill_service() -> None:
@@ -267,7 +278,7 @@ def picture(row: dict[str, Any]) -> Any:
     return Image.open(io.BytesIO(base64.b64decode(row["image"]))).convert("RGB")
 
 
-class TensorBoard:
+class TensorBoard(_View):
     """TensorBoard's event files, a folder a stage; off with one line after a failure.
 
     What a killed process had not flushed is written again from the JSONL: a small file remembers up to
@@ -284,10 +295,9 @@ class TensorBoard:
         history: History = lambda stage: (),
         say: Callable[[str], None] = print,
     ):
-        self._folder, self._history, self._say = run_dir / "tensorboard", history, say
-        self._writer: Any = None
+        super().__init__("TensorBoard", say)
+        self._folder, self._history = run_dir / "tensorboard", history
         self._stage, self._last_step, self._flushed = "", -1, 0.0
-        self._lock, self._off = threading.RLock(), False
 
     def enter(self, stage: str, known_id: str = "") -> None:
         with self._lock:
@@ -331,7 +341,7 @@ class TensorBoard:
 
     def finish(self, code: int = 0, resumable: bool = False) -> None:
         with self._lock:
-            writer, self._writer = self._writer, None
+            writer, self._opened = self._opened, None
             if writer is not None:
                 with contextlib.suppress(Exception):
                     self._flush(writer)
@@ -344,11 +354,11 @@ class TensorBoard:
             folder = self._folder / self._stage
             upto = folder / self.UPTO
             self._last_step = int(upto.read_text()) if upto.is_file() else -1
-            self._writer = SummaryWriter(
+            self._opened = SummaryWriter(
                 str(folder), purge_step=self._last_step + 1 if upto.is_file() else None
             )
             for step, values in self._history(self._stage):
-                self._log(self._writer, values, step)
+                self._log(self._opened, values, step)
         except Exception as error:
             self._turn_off(error)
 
@@ -365,18 +375,3 @@ class TensorBoard:
         writer.flush()
         (self._folder / self._stage / self.UPTO).write_text(str(self._last_step))
         self._flushed = time.monotonic()
-
-    def _guard(self, call: Callable[[Any], Any]) -> None:
-        with self._lock:
-            if self._writer is None and not self._off:
-                self._open()
-            if self._writer is None:
-                return
-            try:
-                call(self._writer)
-            except Exception as error:
-                self._turn_off(error)
-
-    def _turn_off(self, error: BaseException) -> None:
-        self._writer, self._off = None, True
-        self._say(f"TensorBoard is off from here on: {type(error).__name__}: {_first_line(error)}")

@@ -12,6 +12,13 @@ from moe_ext.training.redact import without_secrets
 from moe_ext.training.views import ID_FILE, TensorBoard, Wandb
 
 
+@pytest.fixture(autouse=True)
+def _own_data_dir(monkeypatch):
+    """A view that is opened sets it for its process; tests after these get their own."""
+    monkeypatch.setenv("WANDB_DATA_DIR", "")
+    monkeypatch.delenv("WANDB_DATA_DIR")
+
+
 class FakeRun:
     """What wandb.init returns; `step` is what the server has already."""
 
@@ -256,7 +263,7 @@ def test_tensorboard_reads_each_step_once_after_a_kill(tmp_path):
     first.enter("tune")
     for step, values in HISTORY[:2]:
         first.log(values, step)
-    first._writer.flush()
+    first._opened.flush()
     first.log({"x": 9.0}, 3)  # killed before this reached the disk, or after: the same
     later = TensorBoard(tmp_path, history=lambda stage: HISTORY)
     later.enter("tune")
