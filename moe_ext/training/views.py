@@ -32,8 +32,8 @@ History = Callable[[str], Iterable[tuple[int, Values]]]
 class _View:
     """Opened at the first call, by one thread at a time; off with one line after a failure."""
 
-    def __init__(self, name: str, say: Callable[[str], None]):
-        self._name, self._say = name, say
+    def __init__(self, farewell: str, say: Callable[[str], None]):
+        self._farewell, self._say = farewell, say
         self._opened: Any = None
         """W&B's run of the stage, or TensorBoard's writer."""
         self._lock, self._off = threading.RLock(), False
@@ -55,7 +55,7 @@ class _View:
 
     def _turn_off(self, error: BaseException) -> None:
         self._opened, self._off = None, True
-        self._say(f"{self._name} is off from here on: {type(error).__name__}: {_first_line(error)}")
+        self._say(f"{self._farewell}: {type(error).__name__}: {_first_line(error)}")
 
 
 class Wandb(_View):
@@ -81,7 +81,7 @@ class Wandb(_View):
         say: Callable[[str], None] = print,
         timeout_s: float = 15.0,
     ):
-        super().__init__("W&B", say)
+        super().__init__("W&B is off from here on", say)
         self._dir, self._config, self._history = run_dir, config, history
         self._project, self._entity, self._group = project, entity, group
         self._last_s = 3 * timeout_s
@@ -295,7 +295,7 @@ class TensorBoard(_View):
         history: History = lambda stage: (),
         say: Callable[[str], None] = print,
     ):
-        super().__init__("TensorBoard", say)
+        super().__init__("TensorBoard is off from here on", say)
         self._folder, self._history = run_dir / "tensorboard", history
         self._stage, self._last_step, self._flushed = "", -1, 0.0
 
